@@ -1,0 +1,225 @@
+"""Train all versions under one budget and compare them, in Markdown.
+
+    python -m tests.compare                                      all versions with their default settings, one seed
+    python -m tests.compare --seeds 1 2 3 --steps 2000           three seeds each, shorter
+    python -m tests.compare --data my.txt --plot curves.png      another text, and the loss curves as a picture
+    python -m tests.compare --from-runs runs                     no training: compare the runs that are there
+
+What it does not know it passes on to the scripts (for example --batch-size 24). It prints the comparison table (mean
+and standard deviation over the seeds), the size of the diffs between neighbours, and the loss curves as charts that
+GitHub draws; the curves also go to OUT/curves.csv, and all numbers to OUT/results.json, from which --results makes the
+same Markdown again.
+"""
+
+import argparse
+import csv
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ["v0_bigram", "v1_transformer", "v2_bpe_rope", "v3_alibi"]
+COLORS = {"v0_bigram": "#888888", "v1_transformer": "#d62728", "v2_bpe_rope": "#1f77b4", "v3_alibi": "#2ca02c"}
+CURVE_COLUMNS = ["version", "seed", "step", "seconds", "bits_per_byte"]
+
+
+def train(versions, seeds, out, flags):
+    """Run every version with every seed, one after the other; each shows its own progress."""
+    for seed in seeds:
+        for version in versions:
+            command = [sys.executable, str(ROOT / f"{version}.py"), "--seed", str(seed), *flags]
+            print(f"\n-- {version}, seed {seed} --", file=sys.stderr, flush=True)
+            command += ["--out", str(out / f"{version}-{seed}"), "--max-new-tokens", "0"]
+            if subprocess.run(command, stdout=sys.stderr).returncode:
+                sys.exit(f"compare: error: {version} did not finish; its message is above")
+
+
+def collect(folder):
+    """The results of all finished runs below a folder, measured on one text: {"machine", "runs", "curves"}."""
+    runs, curves = [], []
+    for path in sorted(folder.glob("*/result.json")):
+        if not path.parent.name.endswith(".previous"):
+            result = json.loads(path.read_text())
+            runs.append(result)
+            for row in csv.DictReader(path.with_name("log.csv").open()):
+                numbers = [int(row["step"]), float(row["seconds"]), float(row["bits_per_byte"])]
+                curves.append([result["version"], result["seed"], *numbers])
+    if len({run["validation_sha256"] for run in runs}) > 1:
+        sys.exit(f"compare: error: the runs in {folder} were measured on different texts")
+    if not runs:
+        sys.exit(f"compare: error: there is no finished run in {folder}")
+    return {"machine": machine(), "runs": runs, "curves": curves}
+
+
+def machine():
+    """What ran this, in words."""
+    import torch
+
+    with open("/proc/cpuinfo") as file:
+        models = [line.split(":")[1].strip() for line in file if line.startswith("model name")] or [platform.processor()]
+    return f"{models[0]}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
+
+
+# -- Markdown --
+
+
+def mean_and_spread(numbers, digits):
+    """[1.5, 1.7] -> "1.60 ± 0.14"; a number that is missing somewhere -> "–"."""
+    if None in numbers:
+        return "–"
+    mean = f"{statistics.mean(numbers):,.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def table(results):
+    """The comparison, one line for each version."""
+    lines = [
+        "| version | parameters | val loss | perplexity | bits per byte | nats per byte | at 2x context | at 4x | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for version in VERSIONS:
+        runs = [run for run in results["runs"] if run["version"] == version]
+        if not runs:
+            continue
+        nats = [run["bits_per_byte"] * math.log(2) for run in runs]
+        columns = [
+            f"{runs[0]['parameters']:,}",
+            mean_and_spread([run["val_loss"] for run in runs], 4),
+            mean_and_spread([run["perplexity"] for run in runs], 2),
+            mean_and_spread([run["bits_per_byte"] for run in runs], 4),
+            mean_and_spread(nats, 4),
+            mean_and_spread([run["context_bits_per_byte"]["2"] for run in runs], 4),
+            mean_and_spread([run["context_bits_per_byte"]["4"] for run in runs], 4),
+            mean_and_spread([run["train_seconds"] for run in runs], 0),
+        ]
+        lines.append(f"| {version} | " + " | ".join(columns) + " |")
+    run = results["runs"][0]
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    lines += [
+        "",
+        f"`{run['data']}`, {run['steps']:,} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}, {run['dtype']}; "
+        f"{results['machine']}.",
+    ]
+    return "\n".join(lines)
+
+
+def diffs():
+    """How many lines change from each version to the next."""
+    lines = ["| from | to | added | removed |", "|---|---|---:|---:|"]
+    for old, new in zip(VERSIONS, VERSIONS[1:]):
+        command = ["git", "diff", "--no-index", "--numstat", f"{old}.py", f"{new}.py"]
+        added, removed, *_ = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.split()
+        lines.append(f"| {old} | {new} | {added} | {removed} |")
+    return "\n".join(lines)
+
+
+def mean_curves(results, x):
+    """{version: [(x, bits per byte), ...]}, the mean over the seeds of what each evaluation found; x: "step", "seconds"."""
+    curves = {}
+    for version in VERSIONS:
+        by_step = {}
+        for row in results["curves"]:
+            row = dict(zip(CURVE_COLUMNS, row))
+            if row["version"] == version:
+                by_step.setdefault(row["step"], []).append((row[x], row["bits_per_byte"]))
+        if by_step:
+            curves[version] = [tuple(map(statistics.mean, zip(*points))) for _, points in sorted(by_step.items())]
+    return curves
+
+
+def chart(curves, x, points=11):
+    """A Mermaid chart of some curves at evenly spaced places, which is what Mermaid can draw."""
+    end = max(curve[-1][0] for curve in curves.values())
+    start = max(curve[0][0] for curve in curves.values())
+    places = [start + (end - start) * i / (points - 1) for i in range(points)]
+    lines = []
+    for curve in curves.values():
+        heights = []
+        for place in places:
+            after = next((i for i, (at, _) in enumerate(curve) if at >= place), len(curve) - 1)
+            (x1, y1), (x2, y2) = curve[max(0, after - 1)], curve[after]
+            share = min(1.0, (place - x1) / (x2 - x1)) if x2 > x1 else 0.0  # past its end a curve stays level
+            heights.append(y1 + (y2 - y1) * share)
+        lines.append(heights)
+    low, high = min(map(min, lines)), max(map(max, lines))
+    palette = ", ".join(COLORS[version] for version in curves)
+    init = {"themeVariables": {"xyChart": {"plotColorPalette": palette}}}
+    names = ", ".join(f"{version} {COLORS[version]}" for version in curves)
+    return "\n".join(
+        [
+            "```mermaid",
+            f"%%{{init: {json.dumps(init)}}}%%",
+            "xychart-beta",
+            f'    title "{", ".join(curves)}"',
+            f'    x-axis "{x}" {start:.0f} --> {end:.0f}',
+            f'    y-axis "bits per byte" {low - 0.05:.2f} --> {high + 0.05:.2f}',
+            *("    line [" + ", ".join(f"{y:.3f}" for y in heights) + "]" for heights in lines),
+            "```",
+            f"Colours: {names}.",
+        ]
+    )
+
+
+def markdown(results):
+    """All of it; a pure function of the results, so that a test can hold README to it."""
+    parts = [table(results)]
+    if len({run["version"] for run in results["runs"]}) > 1:
+        transformers = {k: v for k, v in mean_curves(results, "seconds").items() if k != "v0_bigram"}
+        if transformers:
+            parts += ["Bits per byte against seconds of training (v0 is done before these begin):", chart(transformers, "seconds")]
+        parts += ["Bits per byte against steps:", chart(mean_curves(results, "step"), "step")]
+    return "\n\n".join(parts)
+
+
+def plot(results, path):
+    """The same curves as a picture."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("compare: no picture without matplotlib; pip install matplotlib", file=sys.stderr)
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for axis, x in zip(axes, ("step", "seconds")):
+        for version, curve in mean_curves(results, x).items():
+            axis.plot(*zip(*curve), color=COLORS[version], label=version, marker=".")
+        axis.set_xlabel(x if x == "step" else "seconds of training")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("bits per byte of the validation text")
+    axes[1].legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="compare", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=VERSIONS, help="which ones (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337], help="one run of each version for each of these")
+    parser.add_argument("--steps", help="steps of each run (default: the scripts' own)")
+    parser.add_argument("--data", help="text to learn (default: input.txt)")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="where the runs are written")
+    parser.add_argument("--from-runs", type=Path, metavar="DIR", help="train nothing, take the runs in this folder")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="train nothing, take this results.json")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves with matplotlib")
+    args, flags = parser.parse_known_args()
+    if args.results:
+        results = json.loads(args.results.read_text())
+    else:
+        if not args.from_runs:
+            given = [part for name in ("steps", "data") if (v := getattr(args, name)) for part in (f"--{name}", v)]
+            train(args.versions, args.seeds, args.out, given + flags)
+        folder = args.from_runs or args.out
+        results = collect(folder)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+        with open(folder / "curves.csv", "w", newline="") as file:
+            csv.writer(file).writerows([CURVE_COLUMNS, *results["curves"]])
+    print(markdown(results) + "\n\n" + diffs())
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
