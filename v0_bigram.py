@@ -177,7 +177,7 @@ def get_batch(tokens, config, step):
     return rows[:, :-1], rows[:, 1:]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, tokens, block_size, autocast=nullcontext):
     """Mean loss in nats of every token but the first, each predicted once, in consecutive windows of block_size."""
     model.eval()  # and the model stays so
@@ -251,7 +251,7 @@ def sample_token(logits, generator, temperature=1.0, top_k=0, top_p=1.0):
     return ids[torch.multinomial(probabilities[likelier < top_p], 1, generator=generator)].item()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, use_cache=True):
     """Yield max_new_tokens token ids that go on after the list `ids` (not empty), one by one.
 
