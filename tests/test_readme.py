@@ -1,0 +1,59 @@
+"""README tells the truth: its Python blocks run, its flags exist, its diff sizes and numbers are the real ones."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+
+import v0_bigram
+import v2_bpe_rope
+from tests import compare
+from tests.conftest import ROOT, VERSIONS
+from tests.test_scripts import diff_size
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(1, len(BLOCKS) + 1))
+def test_python_blocks_run(block, trained, tmp_path, monkeypatch, capsys):
+    """Each on its own, beside tiny runs of all versions."""
+    if "matplotlib" in block:
+        if importlib.util.find_spec("matplotlib") is None:
+            pytest.skip("needs matplotlib")
+        monkeypatch.setenv("MPLBACKEND", "Agg")
+    assert block.count("\n") <= 15
+    for version in VERSIONS:
+        shutil.copytree(trained[version], tmp_path / "runs" / version.__name__)
+    shutil.copy(ROOT / "input.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out or list(tmp_path.glob("*.png"))
+
+
+def test_diff_sizes_are_the_real_ones():
+    quoted = re.findall(r"git diff --no-index (\w+\.py) (\w+\.py)`?\s*\((\d+) lines added, (\d+) removed\)", README)
+    assert len(quoted) == 3
+    for old, new, added, removed in quoted:
+        assert diff_size(old, new) == (int(added), int(removed))
+
+
+def test_results_are_those_of_the_results_files():
+    """README's tables and charts are what tests.compare makes of tests/data/results_*.json."""
+    ours, theirs = (json.loads((ROOT / f"tests/data/results_{name}.json").read_text()) for name in ("input", "tinyshakespeare"))
+    assert compare.markdown(ours) in README
+    assert compare.table(theirs) in README
+    nats = [run["val_loss"] * run["tokens_per_byte"] for run in theirs["runs"] if run["version"] == "v2_bpe_rope"]
+    assert f"v2 comes to {compare.mean_and_spread(nats, 3)} on" in README
+
+
+def test_flags_in_commands_exist():
+    known = set(re.findall(r"--[a-z-]+", open(ROOT / "v2_bpe_rope.py").read()))
+    known |= {"--" + name.replace("_", "-") for name in v2_bpe_rope.Config.__dataclass_fields__}
+    known |= set(re.findall(r"--[a-z-]+", open(ROOT / "bpe_tokenizer.py").read() + open(ROOT / "tests/compare.py").read()))
+    for line in re.findall(r"^    .*(?:v\d_\w+|bpe_tokenizer|tests\.\w+).*$", README, re.MULTILINE):
+        command = line.split("#")[0]
+        own = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--no-index"}
+        assert set(re.findall(r"--[a-z_-]+", command)) <= known | own, line
