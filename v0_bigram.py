@@ -201,8 +201,11 @@ def write(path, content):
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # a part of a file, if the disk is full
 
 
 def save_checkpoint(path, model, tokenizer, **more):
@@ -230,6 +233,8 @@ def load(path, any_version=False, **settings):
     try:
         config = Config(**{**checkpoint["config"], **settings})
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+        if settings.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
+            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, leave --vocab-size out")
         model = LanguageModel(config, tokenizer.vocab_size)
         model.load_state_dict(checkpoint["model"])
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -291,6 +291,7 @@ def test_a_full_disk_keeps_what_was_there(name, trained, tmp_path, monkeypatch):
         patch.setattr(type(folder), "write_bytes", full)
         refused(v0_bigram, "--out", folder, "--resume", "--steps", 40, says="No space left on device")
     assert snapshot(folder)[(folder / name).relative_to(folder)] == before[(folder / name).relative_to(folder)]
+    assert not list(folder.glob("*.tmp"))
     for checkpoint in ("best.pt", "last.pt"):
         v0_bigram.load(folder / checkpoint)
     assert run(v0_bigram, "--out", folder, "--resume", "--steps", 40, "--max-new-tokens", 0)[0] == 0

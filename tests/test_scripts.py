@@ -122,6 +122,14 @@ def test_a_finetuned_run_starts_where_the_other_ended(trained, tmp_path, small):
     assert status == 0 and after["val_loss"] == pytest.approx(before["val_loss"], rel=1e-6)
 
 
+def test_the_vocabulary_comes_with_the_tokenizer(trained, tmp_path, small):
+    v3 = VERSIONS[3]
+    flags = ["--data", small, "--init-from", trained[v3] / "best.pt", "--out", tmp_path / "fine", "--steps", 1]
+    status, out, err = run(v3, *flags, "--vocab-size", 500)
+    assert status == 2 and err.count("\n") == 1 and "its tokenizer has 300 tokens" in err
+    assert run(v3, *flags, "--vocab-size", 300, "--max-new-tokens", 0)[0] == 0
+
+
 def test_load_and_generate_from_python(trained):
     from v3_alibi import generate, load
 
