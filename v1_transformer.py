@@ -25,7 +25,6 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -128,7 +127,7 @@ class CausalSelfAttention(nn.Module):
             if self in cache:
                 k, v = torch.cat((cache[self][0], k), dim=2), torch.cat((cache[self][1], v), dim=2)
             cache[self] = k, v
-        mask = causal_lower_right(T, k.shape[2])  # causal: what comes later is hidden
+        mask = causal_lower_right(T, k.shape[2])  # the queries are the last T of S keys; no looking ahead
         y = attend(q, k, v, mask)
         if cache and "weights" in cache:  # for a look inside: the mean of unit vectors is the weights themselves
             cache["weights"].append(attend(q, k, torch.eye(k.shape[2], device=k.device).expand(*k.shape[:3], -1), mask))
@@ -152,15 +151,15 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.n_embd, bias=False)
+        self.norm_1 = nn.LayerNorm(config.n_embd, bias=False)
         self.attention = CausalSelfAttention(config)
-        self.feed_forward_norm = nn.LayerNorm(config.n_embd, bias=False)
+        self.norm_2 = nn.LayerNorm(config.n_embd, bias=False)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = x + self.dropout(self.attention(self.norm_1(x), cache))
+        return x + self.dropout(self.feed_forward(self.norm_2(x)))
 
 
 class LanguageModel(nn.Module):
@@ -478,14 +477,13 @@ def begin(args, given, dtype):
 
 def describe(model, tokens, validation, run, device):
     """Say what is about to be trained, on what, and for how long."""
-    config, counts = model.config, Counter()
-    for name, parameter in model.named_parameters():
-        parts = [part for part in ("norm", "embedding", "attention", "feed_forward") if part in name] or ["other"]
-        counts[parts[0]] += parameter.numel()
-    total, per_step = counts.total(), config.batch_size * config.block_size
+    config, total = model.config, sum(p.numel() for p in model.parameters())
+    counts = {part: sum(p.numel() for name, p in model.named_parameters() if part in name)
+              for part in ("embedding", "attention", "feed_forward", "norm")}
+    per_step = config.batch_size * config.block_size
     say(f"{VERSION} on {device.type} in {run['dtype']}" + (f", {WORLD} processes" if WORLD > 1 else ""))
     say(f"data: {run['data']}, {len(tokens):,} tokens to learn from, {len(validation) - 1:,} to validate on")
-    say(f"parameters: {total:,} (" + ", ".join(f"{part} {count:,}" for part, count in counts.items()) + ")")
+    say(f"parameters: {total:,} (" + ", ".join(f"{part} {count:,}" for part, count in counts.items() if count) + ")")
     say(f"memory: weights {4e-6 * total:.1f} MB, gradients {4e-6 * total:.1f}, optimizer {8e-6 * total:.1f}, "
         f"data {1e-6 * (tokens.nbytes + validation.nbytes):.1f}")
     say(f"budget: {config.steps:,} steps of {config.batch_size} x {config.block_size} tokens, "

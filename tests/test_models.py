@@ -199,8 +199,8 @@ def test_a_block_is_pre_layernorm_with_residuals():
     model = tiny_model(v1_transformer)
     block, x = model.blocks[0], torch.randn(2, 5, 32)
     normal = lambda x, norm: F.layer_norm(x, (32,)) * norm.weight  # noqa: E731
-    y = x + block.attention(normal(x, block.attention_norm))
-    assert torch.allclose(block(x), y + block.feed_forward(normal(y, block.feed_forward_norm)), atol=1e-4)
+    y = x + block.attention(normal(x, block.norm_1))
+    assert torch.allclose(block(x), y + block.feed_forward(normal(y, block.norm_2)), atol=1e-4)
 
 
 # -- parameters --
