@@ -428,7 +428,8 @@ def noted_signals():
         yield noted
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, handler)
 
 
 def begin(args, given, dtype):
@@ -511,6 +512,7 @@ def train(args, given):
         shutil.rmtree(previous, ignore_errors=True)
         out.rename(previous)
         say(f"the run that was in {args.out} is now in {previous}")
+    out.mkdir(parents=True, exist_ok=True)  # if that is impossible, better to know it now
     learner = torch.compile(model) if args.compile else model
     if WORLD > 1:
         learner = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False)
@@ -570,8 +572,12 @@ def train(args, given):
                 run.update(step=step, seconds=seconds, total=total, optimizer=optimizer.state_dict())
                 save_checkpoint(out / "last.pt", model, tokenizer, run=run)
                 clock = time.perf_counter() - seconds  # evaluating and saving are not training
-    if WORLD > 1:
-        dist.destroy_process_group()
+        if WORLD > 1:
+            time.sleep(0.1)  # gloo's threads need Python's lock once more, which destroying them would hold
+            dist.destroy_process_group()
+            if stop:  # this process's own signal may be late; it is ending already
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if stop:
         command = "python" if WORLD == 1 else f"torchrun --standalone --nproc_per_node={WORLD}"
         command += f" {sys.argv[0]} --out {shlex.quote(args.out)} --resume --device {device.type}"
