@@ -59,9 +59,11 @@ def machine():
     """What ran this, in words."""
     import torch
 
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(":")[1].strip() for line in file if line.startswith("model name")] or [platform.processor()]
-    return f"{models[0]}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():  # Linux, where platform does not know it
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
 
 
 # -- Markdown --
