@@ -2,49 +2,62 @@
 
     python -m tests.bench_generation
 
-6 layers, 384 wide, context 256, random weights, 512 tokens from one token, best of three: tokens per second with the
-cache of keys and values, without it, and with a full window of 256 tokens read again for each token, as programs
-without a cache do.
+6 layers, 384 wide, context 256, vocabulary 65, random weights, float32, 512 tokens from a single one. Tokens per second
+with the cache of keys and values (which reads 128 tokens again whenever the context is full); and as programs do that
+have no cache, such as nanoGPT's sampler: for each token they read again all that there is, once the context is full its
+last 256 tokens ("full windows": that latter part alone). The versions and the ways take turns; each figure is the median
+of its rounds.
 """
 
+import statistics
 import time
 
-import torch
-
-import v1_transformer
+import v1_transformer  # before torch, for which it makes a setting
 import v2_bpe_rope
 import v3_alibi
 
+import torch
 
-def quickest(work, rounds=3):
-    """Seconds of the quickest of some rounds."""
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+from tests.compare import machine
+
+ROUNDS, TOKENS = 3, 512
 
 
-@torch.no_grad()
-def full_windows(model, count):
-    window = torch.zeros(1, model.config.block_size, dtype=torch.long)
+@torch.inference_mode()
+def without_a_cache(model, ids, count):
+    """Greedy generation that reads the last block_size tokens again for each new one."""
+    ids = list(ids)
     for _ in range(count):
-        new = model(window)[0][0, -1].argmax()
-        window = torch.cat((window[:, 1:], new.view(1, 1)), dim=1)
+        logits, _ = model(torch.tensor([ids[-model.config.block_size:]]))
+        ids.append(logits[0, -1].argmax().item())
 
 
 def main():
-    print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
-    print("\n| version | with the cache | without | full windows | cache : full windows |\n|---|---:|---:|---:|---:|")
+    print(f"{machine()}, float32\n")
+    ways = {
+        "with the cache": lambda version, model: list(version.generate(model, [0], TOKENS, temperature=0)),
+        "as nanoGPT's sampler": lambda version, model: without_a_cache(model, [0], TOKENS),
+        "full windows": lambda version, model: without_a_cache(model, [0] * 256, TOKENS // 4),
+    }
+    models, seconds = {}, {}
     for version in (v1_transformer, v2_bpe_rope, v3_alibi):
         torch.manual_seed(0)
         config = version.Config(n_layer=6, n_head=6, n_embd=384, block_size=256)
-        model = version.LanguageModel(config, 1024).eval()
-        cached = 512 / quickest(lambda: list(version.generate(model, [0], 512)))
-        plain = 128 / quickest(lambda: list(version.generate(model, [0] * 200, 128, use_cache=False)), 1)
-        full = 64 / quickest(lambda: full_windows(model, 64))
-        print(f"| {version.__name__} | {cached:.0f} | {plain:.0f} | {full:.0f} | {cached / full:.1f} |")
+        models[version] = version.LanguageModel(config, 65).eval()
+    for _ in range(ROUNDS):
+        for version, model in models.items():
+            for name, write in ways.items():
+                started = time.perf_counter()
+                write(version, model)
+                scale = 4 if name == "full windows" else 1
+                seconds.setdefault((version, name), []).append(scale * (time.perf_counter() - started))
+    print("| tokens per second | " + " | ".join(ways) + " | cache : nanoGPT's | cache : full windows |")
+    print("|---|" + "---:|" * (len(ways) + 2))
+    for version in models:
+        speed = {name: TOKENS / statistics.median(seconds[version, name]) for name in ways}
+        ratios = [speed["with the cache"] / speed[name] for name in ("as nanoGPT's sampler", "full windows")]
+        print(f"| {version.__name__} | " + " | ".join([*(f"{x:.0f}" for x in speed.values()),
+                                                     *(f"{x:.1f}" for x in ratios)]) + " |")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -13,6 +16,7 @@ import v0_bigram
 import v1_transformer
 import v2_bpe_rope
 import v3_alibi
+from tests import bench_steps
 from tests.conftest import ROOT, TRANSFORMERS, VERSIONS, ids, run, tiny_config, tiny_flags, tiny_model
 
 # -- data --
@@ -278,3 +282,43 @@ def test_a_resumed_run_is_the_run_that_never_stopped(version, tmp_path, small, m
     ]
     assert logs[0] == logs[1] and len(logs[0]) == 3
     assert (tmp_path / "whole/sample.txt").read_bytes() == (tmp_path / "parts/sample.txt").read_bytes()
+
+
+# -- speed that is true --
+
+
+def test_tokens_per_second_agree_with_a_stopwatch(tmp_path, small, monkeypatch):
+    """Measured beside the program, from the start of one step to that of another; evaluations and saving do not count."""
+    starts, ends = [], []
+
+    def noting(times, function, pause=0.0):
+        def noted(*args, **more):
+            times.append(time.perf_counter())
+            time.sleep(pause)
+            return function(*args, **more)
+
+        return noted
+
+    for name, times, pause in (("learning_rate", starts, 0), ("evaluate", ends, 0.3), ("save_checkpoint", [], 0.3)):
+        monkeypatch.setattr(v2_bpe_rope, name, noting(times, getattr(v2_bpe_rope, name), pause))
+    flags = ["--data", small, "--out", tmp_path, "--steps", 100, "--eval-interval", 50, "--max-new-tokens", 0]
+    status, _, err = run(v2_bpe_rope, *flags, *tiny_flags(v2_bpe_rope, block_size=128, n_embd=64))
+    assert status == 0, err
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    stopwatch = [ends[0] - starts[0], ends[1] - starts[50]]
+    for row, seconds in zip(rows, stopwatch):
+        assert float(row["tokens_per_second"]) == pytest.approx(50 * 12 * 128 / seconds, rel=0.05)
+    assert float(rows[1]["seconds"]) == pytest.approx(sum(stopwatch), rel=0.05)
+
+
+@pytest.mark.parametrize("version, limit", list(zip(VERSIONS, (3, 3, 4, 4))), ids=[v.__name__ for v in VERSIONS])
+def test_the_first_step_comes_soon(version, limit):
+    """The whole program with its default settings, PyTorch's own import included; the best of a few, as others may be
+    busy, and on a machine where that import alone takes more than 2 seconds, so much longer."""
+    for _ in range(4):
+        seconds = bench_steps.step_starts(version, 1)[1]
+        if seconds < limit:
+            return
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    assert seconds < limit * (time.perf_counter() - started) / 2

@@ -1,0 +1,205 @@
+"""What each idea buys: the same model trained again with one thing changed, every row for the same number of steps.
+
+    python -m tests.ablations                                    all tables: 2,000 steps, seeds 1 2 3
+    python -m tests.ablations --tables vocabulary --steps 500    one table, shorter
+    python -m tests.ablations --results FILE                     no training: the tables of a results file
+
+The rows are the scripts' own programs: v2_bpe_rope, in which single classes and functions are replaced by those of
+another version or by the few lines below. Runs that are already in OUT, made with the same flags, are not made again.
+What it does not know it passes on to the scripts (for example --device cpu). It prints Markdown and writes all numbers
+of the tables to OUT/results.json.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from pathlib import Path
+from unittest import mock
+
+import v1_transformer as v1  # before torch, for which it makes a setting
+import v2_bpe_rope as v2
+import v3_alibi as v3
+
+import torch
+import torch.nn as nn
+
+from tests.compare import ROOT, machine, mean_and_spread
+
+
+# -- what takes the place of rotary positions in v2 --
+
+
+def unturned(x, positions):
+    """In the place of v2.rotate: queries and keys stay as they are."""
+    return x
+
+
+class WithoutPositions(v2.LanguageModel):
+    """Nothing tells the model where a token stands, but that attention sees only what comes before."""
+
+    def positions(self, start, end):
+        return None
+
+
+class WithVectors(v2.LanguageModel):
+    """Positions are vectors (T, C), added to those of the tokens before the first block."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, vocab_size)
+        self.blocks[0].register_forward_pre_hook(lambda block, given: (given[0] + given[1], *given[1:]))
+
+
+class LearnedPositions(WithVectors):
+    """v1's positions: one learned vector for each place in the context."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, vocab_size)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        self.max_context = config.block_size
+
+    def positions(self, start, end):
+        return self.position_embedding.weight[start:end]
+
+
+class SinusoidalPositions(WithVectors):
+    """Sines and cosines of wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017), as large as the tokens' vectors are
+    at the start."""
+
+    def positions(self, start, end):
+        C = self.config.n_embd
+        angles = torch.outer(torch.arange(start, end), 10000.0 ** (-torch.arange(0, C, 2) / C)).to(self.token_embedding.weight.device)
+        return 0.02 * math.sqrt(2) * torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+
+def slopes_times(factor):
+    """What makes v3's slopes, the penalties per token of distance, `factor` times the paper's."""
+
+    def alibi_slopes(n_head, paper=v3.alibi_slopes):
+        return [factor * slope for slope in paper(n_head)]
+
+    alibi_slopes.__name__ = f"slopes_times_{factor}"
+    return {"alibi_slopes": alibi_slopes}
+
+
+NO_BPE = {"train_tokenizer": v1.train_tokenizer, "tokenizer_from_state": v1.tokenizer_from_state}
+NO_ROPE = {"LanguageModel": LearnedPositions, "rotate": unturned}
+NO_GELU = {"FeedForward": v1.FeedForward}
+
+
+# {table: {row: (the program, what is replaced in it, further flags)}}
+TABLES = {
+    "ideas": {
+        "learned positions, characters, ReLU: v1": (v2, NO_BPE | NO_ROPE | NO_GELU, []),
+        "v1 + GELU": (v2, NO_BPE | NO_ROPE, []),
+        "v1 + RoPE": (v2, NO_BPE | NO_GELU, []),
+        "v1 + BPE": (v2, NO_ROPE | NO_GELU, []),
+        "v2 without GELU": (v2, NO_GELU, []),
+        "v2 without RoPE": (v2, NO_ROPE, []),
+        "v2 without BPE": (v2, NO_BPE, []),
+        "BPE, RoPE, GELU: v2": (v2, {}, []),
+    },
+    "vocabulary": {
+        "256: bytes alone": (v2, {}, ["--vocab-size", "256"]),
+        "512": (v2, {}, ["--vocab-size", "512"]),
+        "1,024: v2": (v2, {}, []),
+        "2,048": (v2, {}, ["--vocab-size", "2048"]),
+        "4,096": (v2, {}, ["--vocab-size", "4096"]),
+    },
+    "positions": {
+        "none": (v2, {"LanguageModel": WithoutPositions, "rotate": unturned}, []),
+        "sinusoidal": (v2, {"LanguageModel": SinusoidalPositions, "rotate": unturned}, []),
+        "learned": (v2, NO_ROPE, []),
+        "rotary: v2": (v2, {}, []),
+        "ALiBi: v3": (v3, {}, []),
+    },
+    "slopes": {
+        "a quarter of the paper's slopes": (v3, slopes_times(0.25), []),
+        "the paper's: v3": (v3, {}, []),
+        "twice": (v3, slopes_times(2), []),
+        "four times": (v3, slopes_times(4), []),
+        "eight times": (v3, slopes_times(8), []),
+        "rotary positions: v2": (v2, {}, []),
+    },
+}
+
+
+
+def name_of(program, replaced, flags):
+    """The folder of a run, the same for rows of several tables that are the same program: v2_bpe_rope_FeedForward."""
+    parts = [getattr(new, "__name__", key) for key, new in sorted(replaced.items())]
+    return "_".join([program.__name__, *parts, *(flag.strip("-") for flag in flags)])
+
+
+@contextlib.contextmanager
+def replaced_in(program, replaced):
+    """For a while, some of a program's classes and functions are others."""
+    with contextlib.ExitStack() as stack:
+        for name, new in replaced.items():
+            stack.enter_context(mock.patch.object(program, name, new))
+        yield
+
+
+def train(row, seed, args):
+    """One run, if it is not there yet; returns its folder."""
+    program, replaced, flags = row
+    folder = args.out / f"{name_of(*row)}-{seed}"
+    command = ["--data", str(args.data), "--steps", str(args.steps), "--seed", str(seed), "--out", str(folder)]
+    command += ["--eval-interval", str(args.steps), "--max-new-tokens", "0", *args.flags, *flags]
+    made_by = folder / "command.json"  # written when the run is complete
+    if made_by.exists() and json.loads(made_by.read_text()) == command:
+        return folder
+    print(f"\n-- {' '.join(command)} --", file=sys.stderr, flush=True)
+    with replaced_in(program, replaced), contextlib.redirect_stdout(sys.stderr):
+        if status := program.main(command):
+            sys.exit(status)
+    made_by.write_text(json.dumps(command))
+    return folder
+
+
+def table(title, rows):
+    """One table; {row: [the result.json of each seed]}."""
+    lines = [f"| {title} | parameters | tokens per byte | bits per byte | at 2x context | at 4x | seconds |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
+    for row, runs in rows.items():
+        context = [[run["context_bits_per_byte"][times] for run in runs] for times in "124"]
+        columns = [f"{runs[0]['parameters']:,}", mean_and_spread([run["tokens_per_byte"] for run in runs[:1]], 3),
+                   *(mean_and_spread(bits, 3) for bits in context),
+                   mean_and_spread([run["train_seconds"] for run in runs], 0)]
+        lines.append(f"| {row} | " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+def budget(results):
+    """What all rows have in common, in words."""
+    runs = next(iter(next(iter(results["tables"].values())).values()))
+    run = runs[0]
+    return f"`{run['data']}`, {run['steps']:,} steps, {len(runs)} seeds, {run['dtype']}; {results['machine']}."
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="ablations", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which ones (default: all)")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of each run (default 2000)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="one run of each row for each of these")
+    parser.add_argument("--data", type=Path, default=ROOT / "input.txt", help="text to learn (default input.txt)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="where the runs are written")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="train nothing, take this results.json")
+    args, args.flags = parser.parse_known_args()
+    if args.results:
+        results = json.loads(args.results.read_text())
+    else:
+        results = {"machine": machine(), "tables": {}}
+        for title in args.tables:
+            folders = {row: [train(TABLES[title][row], seed, args) for seed in args.seeds] for row in TABLES[title]}
+            results["tables"][title] = {row: [json.loads((folder / "result.json").read_text()) for folder in runs]
+                                        for row, runs in folders.items()}
+        (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    print("\n\n".join([*(table(*item) for item in results["tables"].items()), budget(results)]))
+
+
+if __name__ == "__main__":
+    main()

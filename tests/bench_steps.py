@@ -1,0 +1,190 @@
+"""How long a training step takes on this machine, and what each choice in it is worth.
+
+    python -m tests.bench_steps
+
+Models with the default settings train on input.txt. All variants take turns, a few steps each, and each figure is
+the median of what a variant's step took, so that whatever else the machine does slows all of them alike. Writes Markdown.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import v0_bigram as v0  # before torch, for which it makes a setting
+import v1_transformer as v1
+import v2_bpe_rope as v2
+import v3_alibi as v3
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tests.compare import ROOT, machine
+
+ROUNDS, STEPS = 25, 8  # each variant takes ROUNDS turns of STEPS steps, of which the first is not counted
+
+
+def one_by_one(tokens, config, step):
+    """The batch of v2.get_batch, its rows cut out and put together one by one."""
+    v2.set_seed(config.seed, step)
+    starts = torch.randint(len(tokens) - config.block_size, (config.batch_size,)).tolist()
+    v2.set_seed(config.seed, step, 1)
+    rows = [tokens[start:start + config.block_size + 1].long() for start in starts]
+    return torch.stack([row[:-1] for row in rows]), torch.stack([row[1:] for row in rows])
+
+
+class Steps:
+    """One variant of the training loop: call it for the seconds that one step takes."""
+
+    def __init__(self, version, tokens, vocab_size, bfloat16=False, fused=True, batch=None, attend=None, wait=False):
+        self.version, self.tokens, self.batch, self.wait = version, tokens, batch or version.get_batch, wait
+        self.attend, self.count = attend or version.attend, 0
+        torch.manual_seed(0)
+        self.model = version.LanguageModel(version.Config(), vocab_size).train()
+        self.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16)
+        groups = [{"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": 0.5},
+                  {"params": [p for p in self.model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=fused)
+        self.total = torch.zeros(())
+
+    def __call__(self):
+        started = time.perf_counter()
+        with mock.patch.object(self.version, "attend", self.attend):
+            idx, targets = self.batch(self.tokens, self.model.config, self.count)
+            with self.autocast():
+                _, loss = self.model(idx, targets)
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.total += loss.detach() + 0 * norm
+        if self.wait:
+            self.total.item()
+        self.count += 1
+        return time.perf_counter() - started
+
+
+def take_turns(variants):
+    """{name: median milliseconds of a step}."""
+    seconds = {name: [] for name in variants}
+    for _ in range(ROUNDS):
+        for name, steps in variants.items():
+            seconds[name] += [steps() for _ in range(STEPS)][1:]
+    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
+
+
+def plain_attend(q, k, v, mask):
+    """Attention in whatever precision autocast has: bfloat16."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@contextmanager
+def training_beside(**environment):
+    """Another program of this kind, training with its default settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "v2_bpe_rope.py"), "--out", str(Path(folder, "run")), "--device", "cpu"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+        try:
+            while not process.stdout.readline().startswith("budget"):  # the last line before it trains
+                assert process.poll() is None, "the training beside did not start"
+            time.sleep(1)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+
+def step_starts(version, steps, **environment):
+    """Seconds from the start of a whole training program to the beginning of its steps 0, 1, ..., `steps`."""
+    code = f"""if True:
+        import json, os, sys, time
+        import {version.__name__} as version
+        rate, times = version.learning_rate, []
+        def learning_rate(step, config):
+            times.append(time.time())
+            if step == {steps}:
+                print(json.dumps(times), flush=True)
+                os._exit(0)
+            return rate(step, config)
+        version.learning_rate = learning_rate
+        version.main(sys.argv[1:])"""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.time()
+        command = [sys.executable, "-c", code, "--out", str(Path(folder, "run")), "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return [at - started for at in json.loads(done.stdout.splitlines()[-1])]
+
+
+def row(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main():
+    train_text, validation_text = v2.read_texts(ROOT / "input.txt")
+    tokenizers = {v1: v1.train_tokenizer(train_text, v1.Config()), v2: v2.train_tokenizer(train_text, v2.Config())}
+    tokenizers[v3] = tokenizers[v2]
+    tokens = {v: torch.from_numpy(tokenizer.encode_to_array(train_text)) for v, tokenizer in tokenizers.items()}
+    print(f"{machine()}\n")
+
+    native = v2.pick_device(argparse.Namespace(device="cpu", dtype="auto"))[1] == "bfloat16"
+
+    def variant(version=v2, bfloat16=native, **change):
+        return Steps(version, tokens[version], tokenizers[version].vocab_size, bfloat16, **change)
+
+    as_it_is = variant()
+    ms = take_turns({
+        "v2_bpe_rope as it is": as_it_is,
+        f"matrix products in {'float32' if native else 'bfloat16'}": variant(bfloat16=not native),
+        "attention in bfloat16, too": variant(bfloat16=True, attend=plain_attend),
+        "the optimizer without `fused=True`": variant(fused=False),
+        "the batch put together row by row": variant(batch=one_by_one),
+        "the loss read at every step": variant(wait=True),
+        "v1_transformer as it is": variant(v1),
+        "v3_alibi as it is": variant(v3),
+    })
+    row("training step", "milliseconds", "beside v2")
+    print("|---|---:|---:|")
+    for name, time_of_it in ms.items():
+        row(name, f"{time_of_it:.1f}", f"{time_of_it / ms['v2_bpe_rope as it is']:.2f}")
+
+    validation = torch.from_numpy(tokenizers[v2].encode_to_array(validation_text))
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(5):
+            started = time.perf_counter()
+            v2.evaluate(as_it_is.model, validation, v2.Config.block_size, as_it_is.autocast)
+            evaluated = time.perf_counter()
+            for name, more in (("best.pt", {}), ("last.pt", {"run": as_it_is.optimizer.state_dict()})):
+                v2.save_checkpoint(Path(folder, name), as_it_is.model, tokenizers[v2], **more)
+            seconds.append((evaluated - started, time.perf_counter() - evaluated))
+    evaluating, saving = map(statistics.median, zip(*seconds))
+    between = v2.Config.eval_interval * ms["v2_bpe_rope as it is"] / 1000
+    print(f"\nAn evaluation of v2_bpe_rope takes {evaluating:.2f} s and saving {saving:.2f} s, after every {between:.1f} s "
+          f"of training: {evaluating / between:.1%} and {saving / between:.1%} of it.\n")
+
+    row("two trainings at once on this machine", "milliseconds a step")
+    print("|---|---:|")
+    for name, count in (("v2_bpe_rope as it is", "3000"), ("threads that spin as long as libgomp has it", "300000")):
+        with training_beside(GOMP_SPINCOUNT=count):
+            starts = step_starts(v2, 15, GOMP_SPINCOUNT=count)
+        row(name, f"{1000 * statistics.median(b - a for a, b in zip(starts[5:], starts[6:])):.0f}")
+
+    print()
+    row("whole program", "seconds from its start to the end of its first step")
+    print("|---|---:|")
+    for version in (v0, v1, v2, v3):
+        row(version.__name__, f"{statistics.median(step_starts(version, 1)[1] for _ in range(5)):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""tests.ablations: its models are what their rows say, and it trains them all."""
+
+import json
+import math
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+import v1_transformer
+import v2_bpe_rope
+import v3_alibi
+from tests import ablations
+from tests.conftest import ROOT, run, tiny_config, tiny_flags, tiny_model
+
+
+def variant(replaced, vocab_size=50, **settings):
+    """A tiny model of v2 with some parts replaced."""
+    with ablations.replaced_in(v2_bpe_rope, replaced):
+        return tiny_model(v2_bpe_rope, vocab_size, **settings)
+
+
+def logits_of(model, tokens, replaced):
+    with ablations.replaced_in(v2_bpe_rope, replaced), torch.no_grad():
+        return model(torch.tensor([tokens]))[0][0]
+
+
+def test_v2_without_its_three_ideas_is_v1():
+    """The same weights give the same scores; only what the rows are made of differs."""
+    replaced = ablations.NO_ROPE | ablations.NO_GELU
+    theirs, tokens = tiny_model(v1_transformer), list(range(16))
+    ours = variant(replaced)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(logits_of(ours, tokens, replaced), theirs(torch.tensor([tokens]))[0][0])
+    assert ablations.NO_BPE["train_tokenizer"]("cab", v2_bpe_rope.Config()).encode("abc") == [0, 1, 2]
+
+
+def test_each_row_changes_what_it_says():
+    """One part put back at a time gives another model each time, and all of them give v2."""
+    tokens, seen = list(range(16)), []
+    for replaced in (ablations.NO_ROPE | ablations.NO_GELU, ablations.NO_ROPE, ablations.NO_GELU, {}):
+        seen.append(logits_of(variant(replaced), tokens, replaced))
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i])
+    assert torch.equal(seen[-1], tiny_model(v2_bpe_rope)(torch.tensor([tokens]))[0][0])
+
+
+def test_without_positions_the_order_of_earlier_tokens_is_lost():
+    replaced = ablations.TABLES["positions"]["none"][1]
+    model = variant(replaced, n_layer=1)
+    scores = [logits_of(model, tokens, replaced)[-1] for tokens in ([1, 2, 3, 4], [3, 1, 2, 4])]
+    torch.testing.assert_close(*scores)
+    replaced = ablations.TABLES["positions"]["sinusoidal"][1]
+    model = variant(replaced, n_layer=1)
+    scores = [logits_of(model, tokens, replaced)[-1] for tokens in ([1, 2, 3, 4], [3, 1, 2, 4])]
+    assert (scores[0] - scores[1]).abs().max() > 1e-3
+
+
+def test_sinusoids_are_those_of_the_paper():
+    """Vaswani et al. 2017: PE(t, 2i) = sin(t / 10000^(2i / C)), PE(t, 2i + 1) = cos(...), here scaled."""
+    model = ablations.SinusoidalPositions(tiny_config(v2_bpe_rope), 50)
+    vectors = model.positions(3, 9) / (0.02 * math.sqrt(2))
+    for t in range(3, 9):
+        for i in range(16):
+            angle = t / 10000 ** (2 * i / 32)
+            expected = torch.tensor([math.sin(angle), math.cos(angle)])
+            torch.testing.assert_close(vectors[t - 3, 2 * i:2 * i + 2], expected, atol=1e-5, rtol=1e-5)
+    assert model.positions(0, 1000).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-3)
+
+
+def test_slopes_are_multiples_of_the_papers():
+    for row, factor in {"a quarter of the paper's slopes": 0.25, "twice": 2, "four times": 4, "eight times": 8}.items():
+        program, replaced, _ = ablations.TABLES["slopes"][row]
+        paper = tiny_model(program)
+        with ablations.replaced_in(program, replaced):
+            torch.testing.assert_close(tiny_model(program).slopes, factor * paper.slopes)
+    torch.testing.assert_close(tiny_model(v3_alibi).slopes, paper.slopes)  # and afterwards all is as it was
+
+
+def test_it_trains_every_row_and_makes_the_tables(tmp_path, small):
+    """As a program, with tiny models; a second call finds the runs of the first."""
+    command = [sys.executable, "-m", "tests.ablations", "--data", str(small), "--steps", "2", "--seeds", "7"]
+    command += ["--out", str(tmp_path), *tiny_flags(v2_bpe_rope)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {title: list(rows) for title, rows in results["tables"].items()} == {
+        title: list(rows) for title, rows in ablations.TABLES.items()}
+    for title, rows in results["tables"].items():
+        assert ablations.table(title, rows) in done.stdout
+        assert all([run["seed"] for run in runs] == [7] for runs in rows.values())
+    rows = results["tables"]["vocabulary"]
+    assert rows["256: bytes alone"][0]["tokens_per_byte"] == 1.0
+    again = subprocess.run([*command, "--tables", "positions"], capture_output=True, text=True, cwd=ROOT)
+    assert "--out" not in again.stderr and ablations.table("positions", results["tables"]["positions"]) in again.stdout
+
+
+def test_a_row_is_the_program_itself(tmp_path, small):
+    """The row of v2 has the losses of python v2_bpe_rope.py with the same flags, to the last digit."""
+    flags = ["--data", small, "--steps", "3", "--seed", "5", *tiny_flags(v2_bpe_rope)]
+    status, _, err = run(v2_bpe_rope, *flags, "--out", tmp_path / "own", "--eval-interval", "3", "--max-new-tokens", "0")
+    assert status == 0, err
+    args = mock.Mock(out=tmp_path, steps=3, data=small, flags=tiny_flags(v2_bpe_rope))
+    folder = ablations.train(ablations.TABLES["ideas"]["BPE, RoPE, GELU: v2"], 5, args)
+    losses = [json.loads((path / "result.json").read_text())["val_loss"] for path in (folder, tmp_path / "own")]
+    assert losses[0] == losses[1]
