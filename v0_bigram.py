@@ -1,8 +1,9 @@
 """v0: a bigram table, the smallest language model that learns.
 
 The next character is guessed from the last one alone. The whole model is one table: row i holds a score for every
-character that may follow character i. Training turns the scores into what counting pairs of characters would give.
-All versions after this one keep everything below the line "the same in every version", and improve on the guess.
+character that may follow character i. Training turns the scores into what counting also gives: how often each character
+follows each other one. All versions after this one keep everything below the line "the same in every version", and
+improve on the guess.
 
     python v0_bigram.py --help    every setting and flag
     python v0_bigram.py           train on input.txt, write runs/v0_bigram, sample from it
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads then get along with other busy programs
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads soon sleep, else two runs at once crawl
 
 import numpy as np
 import torch
@@ -42,9 +43,9 @@ from tqdm import tqdm
 class Config:
     """Every setting of a run; the comment beside a field is its --help text."""
 
-    block_size: int = 128  # context length: how many tokens the model is trained to read at once
-    batch_size: int = 6  # rows (of block_size tokens) in one step
-    steps: int = 3800  # training steps
+    block_size: int = 64  # context length: how many tokens the model is trained to read at once
+    batch_size: int = 12  # rows (of block_size tokens) in one step
+    steps: int = 4000  # training steps
     learning_rate: float = 2e-2  # highest learning rate, reached after the warm-up
     warmup_steps: int = 100  # steps over which the learning rate rises to its highest
     weight_decay: float = 0.0  # how strongly AdamW pulls matrices towards zero
@@ -77,7 +78,7 @@ class CharTokenizer:
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids):  # what is printed; a BPE token (v2) can be a part of a character
         return self.decode(ids).encode()
 
 
@@ -102,7 +103,8 @@ class LanguageModel(nn.Module):
         nn.init.zeros_(self.token_embedding.weight)  # at first every token is as likely as every other
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) of token ids -> logits (B, T, V) for each next token, and the mean loss if targets are given.
+        """idx (B, T) of token ids -> logits (B, T, V), scores for each next token of which softmax makes probabilities,
+        and the mean loss in nats if targets (B, T) are given. B rows, T tokens, V tokens in the vocabulary.
 
         cache is for the versions that remember what they have read; a table has nothing to remember.
         """
@@ -131,7 +133,7 @@ def say(line):
         tqdm.write(line)
 
 
-# -- data: text, tokens, batches, and what a loss over all of them is --
+# -- data: text, batches, and the loss over a whole text --
 
 def read_texts(path):
     """The training text and the validation text of a file: its last tenth, by characters (.csv: by rows), validates.
@@ -143,7 +145,7 @@ def read_texts(path):
         text = Path(path).read_bytes().decode().removeprefix("\ufeff").replace("\r\n", "\n")
         rows = list(csv.DictReader(io.StringIO(text))) if is_table else []
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not UTF-8 text, or not a table of it: {error}") from None
+        raise UserError(f"{path} is not UTF-8 text, or not a valid .csv table: {error}") from None
     for count, row in enumerate(rows, 1):
         if not row.get("question") or not row.get("answer"):
             raise UserError(f"{path}, row {count} below the line question,answer: a question or an answer is missing")
@@ -259,9 +261,14 @@ def sample_token(logits, generator, temperature=1.0, top_k=0, top_p=1.0):
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, use_cache=True):
     """Yield max_new_tokens token ids that go on after the list `ids` (not empty), one by one.
 
-    The cache keeps each layer's keys and values, so that only the newest token is computed. When the context is full,
-    its older half is forgotten and the newer half read again from position 0. Without the cache: the same, slowly.
+    The cache keeps each layer's keys and values (v1 on), so that only the newest token is computed. When the context
+    (block_size) is full, its older half is forgotten and the newer half read again from position 0. Without the cache:
+    the same, slowly.
     """
+    with torch.inference_mode(False):  # a CPU multiplies single tokens sooner by weights that lie in memory by columns
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data = layer.weight.data.t().contiguous().t()
     generator = torch.Generator().manual_seed(seed)
     device, limit = next(model.parameters()).device, model.config.block_size
     context, cache = list(ids)[-limit:], {}
@@ -275,7 +282,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, se
 
 
 def write_text(model, tokenizer, prompt, args, title, end=""):
-    """Print the title and what the model writes after the prompt, as it comes, up to the mark `end`; return this."""
+    """Print the title and what the model writes after the prompt, as it comes, up to the mark `end`; returns it."""
     ids = tokenizer.encode(prompt or "\n")
     if len(ids) > model.config.block_size:
         say(f"note: of the prompt's {len(ids)} tokens the model reads the last {model.config.block_size}")
@@ -348,7 +355,7 @@ def noted_signals():
         yield noted
     finally:
         for signum, handler in before.items():
-            if signal.getsignal(signum) != signal.SIG_IGN:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # which train sets when this process is ending
                 signal.signal(signum, handler)
 
 
@@ -360,7 +367,7 @@ def begin(args, given, dtype):
     last, run = Path(args.out, "last.pt"), {"step": 0, "seconds": 0.0, "log": [], "total": torch.zeros(())}
     if args.resume:
         model, tokenizer, config = load(last)
-        run = torch.load(last, map_location="cpu", weights_only=True).get("run")
+        run = torch.load(last, map_location="cpu", weights_only=True).get("run")  # load leaves it out
         if not run:
             raise UserError(f"{last} is not what --resume needs: it lacks the state of the run")
         for name, value in {**given, "dtype": run["dtype"] if args.dtype == "auto" else args.dtype}.items():
@@ -383,7 +390,7 @@ def begin(args, given, dtype):
         set_seed(config.seed)
         model = LanguageModel(config, tokenizer.vocab_size)
     if config.batch_size % WORLD:
-        raise UserError(f"--batch-size {config.batch_size} cannot be shared out evenly to {WORLD} processes")
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared out evenly among {WORLD} processes")
     return model, tokenizer, texts, {"dtype": dtype, **run, "data": str(path), "digests": digests}
 
 
@@ -397,17 +404,17 @@ def describe(model, tokens, validation, run, device):
     say(f"data: {run['data']}, {len(tokens):,} tokens to learn from, {len(validation) - 1:,} to validate on")
     say(f"parameters: {total:,} (" + ", ".join(f"{part} {count:,}" for part, count in counts.items() if count) + ")")
     say(f"memory: weights {4e-6 * total:.1f} MB, gradients {4e-6 * total:.1f}, optimizer {8e-6 * total:.1f}, "
-        f"data {1e-6 * (tokens.nbytes + validation.nbytes):.1f}")
+        f"data {1e-6 * (tokens.nbytes + validation.nbytes):.1f}, and what the layers hand on")
     say(f"budget: {config.steps:,} steps of {config.batch_size} x {config.block_size} tokens, "
         f"{config.steps * per_step / len(tokens):.1f} times the training text")
 
 
 def train(args, given):
     """Train, write the run into args.out and report; returns the exit status."""
-    if WORLD > 1:
-        dist.init_process_group()  # waits until all processes are here, and so have read what they start from
     (device, dtype), out = pick_device(args), Path(args.out).resolve()
     model, tokenizer, texts, run = begin(args, given, dtype)
+    if WORLD > 1:
+        dist.init_process_group()  # waits until all processes are here, and so have read what they start from
     config, log, step = model.config, run["log"], run["step"]
     tokens, validation = (torch.from_numpy(tokenizer.encode_to_array(text, progress=not RANK)) for text in texts)
     validation = torch.cat((tokens[-1:], validation))  # so that its first token, too, can be predicted
@@ -464,7 +471,7 @@ def train(args, given):
             if step % 10 == 0 or at_evaluation or stop:  # only here does the loop wait for a GPU
                 if WORLD > 1:
                     dist.all_reduce(total)
-                    total /= WORLD
+                    total /= WORLD  # the mean over the processes, now the same in all
                 before = log[-1] if log else {"step": 0, "seconds": 0.0}
                 seconds, count = time.perf_counter() - clock, step - before["step"]
                 train_loss = total.item() / count
@@ -493,14 +500,14 @@ def train(args, given):
                 save_checkpoint(out / "last.pt", model, tokenizer, run=run)
                 clock = time.perf_counter() - seconds  # evaluating and saving are not training
         if WORLD > 1:
-            time.sleep(0.1)  # gloo's threads need Python's lock once more, which destroying them would hold
+            time.sleep(0.1)  # gloo's threads need Python's lock to end, and destroying the group holds it
             dist.destroy_process_group()
             if stop:  # this process's own signal may be late; it is ending already
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if stop:
         command = "python" if WORLD == 1 else f"torchrun --standalone --nproc_per_node={WORLD}"
-        command += f" {sys.argv[0]} --out {shlex.quote(args.out)} --resume --device {device.type}"
+        command += f" {shlex.quote(sys.argv[0])} --out {shlex.quote(args.out)} --resume --device {device.type}"
         say(f"stopped after step {step}; to go on: {command}")
         return 128 + int(stop)
     if RANK == 0:
@@ -516,15 +523,15 @@ def report(out, run, config, validation, tokens_per_byte, autocast, device):
     if last["val_loss"] > 1.01 * best["val_loss"] and last["train_loss"] < best["train_loss"]:
         say("The model overfitted: since its best step the validation loss has risen while the training loss fell. "
             "More text, fewer steps, dropout or a smaller model would help.")
-    context = {"1": best["bits_per_byte"], "2": None, "4": None}  # how well it reads further than it was trained to
+    context = {1: best["bits_per_byte"], 2: None, 4: None}  # how well it reads further than it was trained to
     longest = min(model.max_context, len(validation) - 1)
-    for times in ("2", "4"):
-        length = int(times) * config.block_size
+    for times in (2, 4):
+        length = times * config.block_size
         if length <= longest:
             loss = evaluate(model.to(device), validation, length, autocast)
             context[times] = loss * tokens_per_byte / math.log(2)
         else:
-            say(f"no figure at {times}x the context, {length} tokens: {VERSION} can read {longest} at once here")
+            say(f"no figure at {times}x the context, {length} tokens: only {longest} can be read at once here")
     result = {"version": VERSION, "data": Path(run["data"]).name, "validation_sha256": run["digests"][1],
               "parameters": sum(p.numel() for p in model.parameters()), "vocab_size": tokenizer.vocab_size,
               "tokens_per_byte": tokens_per_byte, "steps": config.steps, "best_step": best["step"],
@@ -581,7 +588,8 @@ def parse_arguments(argv):
     add("--max-new-tokens", type=in_range(int, 0), default=400, metavar="N", help="tokens to sample" + default)
     add("--temperature", type=in_range(float, 0), default=0.8, metavar="X",
         help="below 1 likely tokens are drawn more often; 0: always the likeliest" + default)
-    add("--top-k", type=in_range(int, 0), default=0, metavar="N", help="draw from the N likeliest tokens; 0: from all")
+    add("--top-k", type=in_range(int, 0), default=0, metavar="N",
+        help="draw from the N likeliest tokens; 0: from all" + default)
     add("--top-p", type=in_range(float, 1e-6, 1), default=1.0, metavar="X",
         help="draw from the fewest tokens that have this probability together" + default)
     args = parser.parse_args(argv)
@@ -614,5 +622,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.stdin:
+        sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     sys.exit(main())

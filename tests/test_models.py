@@ -287,6 +287,24 @@ def test_generation_with_and_without_the_cache_agrees(version, length):
     assert len(set(cached)) > 10
 
 
+@pytest.mark.parametrize("version", VERSIONS, ids=ids)
+def test_a_model_that_has_written_is_what_it_was(version):
+    """Generation may lay the weights out otherwise in memory, but they stay the same numbers, and can be trained."""
+    model, untouched = tiny_model(version), tiny_model(version)
+    list(version.generate(model, [1, 2], 5))
+    tokens = torch.randint(50, (3, 16))
+    losses = []
+    for m in (model, untouched):
+        m.train()
+        _, loss = m(tokens, tokens)
+        loss.backward()
+        torch.optim.AdamW(m.parameters(), lr=0.1, fused=True).step()
+        losses.append(m(tokens, tokens)[1])
+    torch.testing.assert_close(*losses)
+    for (name, weight), (_, before) in zip(model.state_dict().items(), tiny_model(version).state_dict().items()):
+        assert weight.shape == before.shape, name
+
+
 # -- a look inside --
 
 

@@ -59,7 +59,7 @@ def data_file(tmp_path, content):
         (b"all is well until here \xff and on" * 50, ["not UTF-8", "position 23"]),
         (b"a text with some words in it " * 3, ["too short", "--block-size 16"]),
         (b"table:", "too little text"),
-        (b'table:question,answer\n"' + b"x" * 200_000, "not a table"),
+        (b'table:question,answer\n"' + b"x" * 200_000, "not a valid .csv table"),
         (b"table:what,else\na,b\n", ["row 1", "question,answer"]),
         (b"table:question,answer\n" + b"who,me\n" * 5 + b"why,\n" + b"who,me\n" * 9, ["row 6", "missing"]),
         (b"table:question,answer\n" + b"who,me\n" * 5 + b"why\n" + b"who,me\n" * 9, ["row 6", "missing"]),
