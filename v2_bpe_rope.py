@@ -527,7 +527,7 @@ def train(args, given):
     out.mkdir(parents=True, exist_ok=True)  # if that is impossible, better to know it now
     learner = torch.compile(model) if args.compile else model
     if WORLD > 1:
-        learner = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False)
+        learner = nn.parallel.DistributedDataParallel(learner, forward_sync_buffers=False)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=run["dtype"] == "bfloat16")
     tokens_per_byte = (len(validation) - 1) / len(texts[1].encode())
 
