@@ -4,7 +4,7 @@ A bigram sees one character; a transformer looks back at all of them. Every char
 where it stands (a learned position embedding), and a stack of blocks works on these vectors: in attention each
 position gathers what it needs from the ones before it, in the feed-forward layer it works on what it gathered. Both
 add their result to the vector (a residual connection), after reading it through a LayerNorm. All that is new since v0
-is the model.
+is the model, and a learning rate and weight decay that suit it.
 
     python v1_transformer.py --help    every setting and flag
     python v1_transformer.py           train on input.txt, write runs/v1_transformer, sample from it
@@ -102,7 +102,7 @@ def attend(q, k, v, mask):
     """For each query of q (B, H, T, D) the mean of v (B, H, S, D), weighted by softmax(q k / sqrt(D) + mask)."""
     if not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    with torch.autocast("cpu", enabled=False):  # on the CPU we measured, 4 times as quick to train in float32
+    with torch.autocast("cpu", enabled=False):  # PyTorch's bfloat16 attention trains slowly on a CPU
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
 
 
@@ -494,7 +494,7 @@ def describe(model, tokens, validation, run, device):
     say(f"data: {run['data']}, {len(tokens):,} tokens to learn from, {len(validation) - 1:,} to validate on")
     say(f"parameters: {total:,} (" + ", ".join(f"{part} {count:,}" for part, count in counts.items() if count) + ")")
     say(f"memory: weights {4e-6 * total:.1f} MB, gradients {4e-6 * total:.1f}, optimizer {8e-6 * total:.1f}, "
-        f"data {1e-6 * (tokens.nbytes + validation.nbytes):.1f}, and what the layers hand on")
+        f"data {1e-6 * (tokens.nbytes + validation.nbytes):.1f}, besides the activations")
     say(f"budget: {config.steps:,} steps of {config.batch_size} x {config.block_size} tokens, "
         f"{config.steps * per_step / len(tokens):.1f} times the training text")
 

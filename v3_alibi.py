@@ -87,7 +87,7 @@ def attend(q, k, v, mask):
     """For each query of q (B, H, T, D) the mean of v (B, H, S, D), weighted by softmax(q k / sqrt(D) + mask)."""
     if not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    with torch.autocast("cpu", enabled=False):  # on the CPU we measured, 4 times as quick to train in float32
+    with torch.autocast("cpu", enabled=False):  # PyTorch's bfloat16 attention trains slowly on a CPU
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
 
 
@@ -485,7 +485,7 @@ def describe(model, tokens, validation, run, device):
     say(f"data: {run['data']}, {len(tokens):,} tokens to learn from, {len(validation) - 1:,} to validate on")
     say(f"parameters: {total:,} (" + ", ".join(f"{part} {count:,}" for part, count in counts.items() if count) + ")")
     say(f"memory: weights {4e-6 * total:.1f} MB, gradients {4e-6 * total:.1f}, optimizer {8e-6 * total:.1f}, "
-        f"data {1e-6 * (tokens.nbytes + validation.nbytes):.1f}, and what the layers hand on")
+        f"data {1e-6 * (tokens.nbytes + validation.nbytes):.1f}, besides the activations")
     say(f"budget: {config.steps:,} steps of {config.batch_size} x {config.block_size} tokens, "
         f"{config.steps * per_step / len(tokens):.1f} times the training text")
 

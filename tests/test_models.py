@@ -292,6 +292,7 @@ def test_a_model_that_has_written_is_what_it_was(version):
     """Generation may lay the weights out otherwise in memory, but they stay the same numbers, and can be trained."""
     model, untouched = tiny_model(version), tiny_model(version)
     list(version.generate(model, [1, 2], 5))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), untouched.state_dict().values()))
     tokens = torch.randint(50, (3, 16))
     losses = []
     for m in (model, untouched):
@@ -301,8 +302,6 @@ def test_a_model_that_has_written_is_what_it_was(version):
         torch.optim.AdamW(m.parameters(), lr=0.1, fused=True).step()
         losses.append(m(tokens, tokens)[1])
     torch.testing.assert_close(*losses)
-    for (name, weight), (_, before) in zip(model.state_dict().items(), tiny_model(version).state_dict().items()):
-        assert weight.shape == before.shape, name
 
 
 # -- a look inside --
