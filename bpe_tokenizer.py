@@ -1,30 +1,44 @@
-"""A byte-level BPE tokenizer: text to a list of small integers and back, exactly, learned from a text.
+"""Byte-level byte pair encoding (BPE): text to token ids and back without loss, with a vocabulary learned from text.
 
-Byte pair encoding (Gage 1994; for translation Sennrich et al. 2016; on bytes Radford et al. 2019, GPT-2) is one idea.
-Start with the text's UTF-8 bytes: 256 tokens that can spell anything. Find the pair of tokens that most often stand
-side by side, make it one new token, and go on until the vocabulary is as large as you want:
+BPE (Gage 1994; for words Sennrich et al. 2016; for bytes Radford et al. 2019) starts from the 256 bytes, which can
+spell any text. It replaces the pair of neighboring tokens that occurs most often by a new token, and repeats this until
+the vocabulary is large enough. This is the whole algorithm:
 
-    low lower lowest    bytes:                             l o w _ l o w e r _ l o w e s t
-                        l+o was seen 3 times, as was o+w:  lo w _ lo w e r _ lo w e s t
-                        lo+w was seen 3 times:             low _ low e r _ low e s t        and so on
+>>> def replace(ids, pair, token):
+...     result = []
+...     for item in ids:
+...         result.append(item)
+...         if tuple(result[-2:]) == pair:
+...             result[-2:] = [token]
+...     return result
+>>> replace([1, 2, 3, 1, 2], (1, 2), 256)
+[256, 3, 256]
+>>> def naive_train(chunks, how_many):
+...     chunks, merges = [list(chunk.encode()) for chunk in chunks], []
+...     for rank in range(how_many):
+...         counts = Counter(pair for ids in chunks for pair in zip(ids, ids[1:]))
+...         pair = min(counts, key=lambda pair: (-counts[pair], pair))  # the most frequent; of equals, the smallest
+...         chunks = [replace(ids, pair, 256 + rank) for ids in chunks]
+...         merges.append(pair)
+...     return merges
+>>> naive_train(["low", " lower", " lowest"], 3)  # "l" + "o" is 256, "lo" + "w" is 257, " " + "low" is 258
+[(108, 111), (256, 119), (32, 257)]
 
-1. GPT-2's pattern first splits a text into chunks: a word with the space before it, a number, a run of signs or of
-   white space. No token crosses the border of a chunk.
-2. Tokens 0-255 are the bytes, the merge of rank r (0 is learned first) makes token 256 + r, and special tokens such
-   as <|end|> come last. They are never split, and nothing is learned from them.
-3. The most frequent pair is merged next; among equals the smaller one, by left id, then by right id.
-4. A chunk is encoded by replaying the merges by rank, each of them from left to right.
+Tokens 0-255 are the bytes, the merge of rank r (0 is learned first) makes token 256 + r, and special tokens such as
+<|end|> come last. GPT-2's pattern splits a text into chunks: words with the space before them, numbers, punctuation and
+white space. No token crosses the border of a chunk. To encode a chunk is to replace the same pairs in the same order:
+" lows" becomes [258, 115].
 
-The naive program counts all pairs of the text, replaces one, and counts all again: a minute for 300 merges of a
-megabyte. This one finds the same merges in a tenth of a second because it does nothing twice: equal chunks are counted
-once, and pair counts are kept up to date instead of recounted. Nor is a chunk encoded twice: its tokens are kept.
+The naive code counts all pairs again for each merge, which takes minutes for 1,000 merges of a megabyte. Below,
+`learn_merges` finds the same merges in a tenth of a second: it stores equal chunks once, with their count, and after a
+`merge` it corrects only the counts of the pairs beside it. `ChunkEncoder` keeps the ids of the chunks that it has
+encoded, because a text repeats its words.
 
-    python bpe_tokenizer.py input.txt --vocab-size 500 --output bpe.json      learn, and write a tokenizer.json
-    python bpe_tokenizer.py --load bpe.json --encode "some text"              show the pieces and their ids
+    python bpe_tokenizer.py input.txt --vocab-size 500 --output bpe.json     learn, and write a tokenizer.json
+    python bpe_tokenizer.py --load bpe.json                                  show what is in it
+    python bpe_tokenizer.py --load bpe.json --encode "some text"             show the tokens of a text
 """
 import argparse
-import codecs
-import functools
 import heapq
 import itertools
 import json
@@ -32,76 +46,67 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
+from operator import index
 from pathlib import Path
-from reprlib import repr as short  # repr, cut to less than a line
 
 import numpy as np
 from tqdm import tqdm
 
-MAX_FILE_SIZE = 16_000_000  # characters; a tokenizer.json of 50,000 tokens has 2 to 4 million
-CACHED_CHUNKS = 1 << 16     # so many chunks are remembered; a book in English has some ten thousand
-END = -1                    # in a list of ids: the end of a chunk, or an id merged into the one before it
-
-
-class TokenizerError(ValueError):
-    """What the user gave cannot be used; the message says why in one sentence."""
-
-
-def require(condition, complaint):
-    if not condition:
-        raise TokenizerError(complaint)
-
-
-def split_pattern(letter, number, other, space):
-    r"""GPT-2's '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ from four character classes,
-    each character in one of them. (` ?x+` is written ` x+|x+` here, where `re` sees sooner that it does not match.)"""
-    words = "|".join(f" {kind}+|{kind}+" for kind in (letter, other, number))
-    return re.compile(rf"'(?:[sdmt]|ll|ve|re)|{words}|{space}+(?={space}|\Z)|{space}+")
-
-
-ASCII_PATTERN = split_pattern("[A-Za-z]", "[0-9]", r"[^A-Za-z0-9 \t-\r]", r"[ \t-\r]")
-# What is split at a time: 16,384 characters and on to where any chunk ends: behind a word or number, or before a space.
+CACHED_CHUNKS = 1 << 16  # an English book has some ten thousand different chunks
+END = -1                 # in a list of ids: the end of a chunk, or a token that was merged into the one before it
+# GPT-2's '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ for ASCII text. Words come first and
+# are ` x+|x+` instead of ` ?x+`, because most chunks are words and `re` finds them faster in this way.
+PATTERN = re.compile(r" [A-Za-z]+|[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[^\sA-Za-z0-9]+| ?[0-9]+|\s+(?!\S)|\s+", re.ASCII)
+# A text is split window by window, so that the chunks of a large text are never all in memory. A window has 16,384
+# characters and goes on to the next place where a chunk must end: after a word or number, or before a space.
 WINDOW = re.compile(r"(?s).{16384,}?(?:[^\W_](?=[\W_])|\S(?= ))|.+")
 
 
-@functools.cache
-def unicode_pattern():
-    r"""The pattern for text that is not ASCII; it takes three times as long. `re` lacks Unicode's \p{L} and \p{N}, its
-    letters and numbers: \w is both and "_", \d the decimal digits only, and \s has four control characters too many.
-    The other numbers, 80 ranges such as ½ or Ⅷ, are found as what is in \w, but no letter, digit or "_"."""
-    all_characters = np.arange(sys.maxunicode + 1, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
-    runs = [run for run in re.findall(r"[^\W\d_]+", all_characters) if not run.isalpha()]  # not just letters
-    groups = [list(group) for run in runs for is_letter, group in itertools.groupby(run, str.isalpha) if not is_letter]
-    numbers = "".join(f"{group[0]}-{group[-1]}" for group in groups)
-    return split_pattern(rf"[^\W\d_{numbers}]", rf"[\d{numbers}]", r"(?:[^\w\s]|[_\x1c-\x1f])", r"[^\S\x1c-\x1f]")
+class TokenizerError(ValueError):
+    """A text, file or argument cannot be used; the message says why in one line."""
+
+
+def require(condition, message):
+    if not condition:
+        raise TokenizerError(message)
+
+
+def ascii_kind(c):
+    """An ASCII character of the same kind as the character c: a letter, a number, white space or another one."""
+    return c if c.isascii() else "a" if c.isalpha() else "1" if c.isalnum() else "\t" if c.isspace() else "!"
 
 
 def split_text(text, special_tokens=(), progress=None):
     """Yield the text as lists of chunks, one list for each window, and between them special tokens as strings.
 
     split_text("I'm 20<|end|>Hi", ["<|end|>"]) -> ["I", "'m", " 20"], "<|end|>", ["Hi"]
-    `progress` is the title of a bar, shown on a terminal once the work has taken a second."""
+    `progress` is the title of a bar, shown once the work has taken a second, and only on a terminal (disable=None)."""
     longest_first = "|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True)))
     parts = re.split(f"({longest_first})", text) if special_tokens else [text]
-    with tqdm(total=len(text), desc=progress, unit="char", unit_scale=True, delay=1,
-              disable=None if progress else True) as bar:  # None: no bar where there is no terminal
+    with tqdm(total=len(text), desc=progress, unit="ch", unit_scale=True, delay=1, disable=not progress or None) as bar:
         for i, part in enumerate(parts):
             if i % 2:  # at odd places re.split puts what the (group) matched
                 yield part
                 continue
             for match in WINDOW.finditer(part):
-                yield (ASCII_PATTERN if match[0].isascii() else unicode_pattern()).findall(match[0])
-                bar.update(len(match[0]))
+                window = match[0]
+                if window.isascii():
+                    yield PATTERN.findall(window)
+                else:
+                    kinds = window.translate({ord(c): ascii_kind(c) for c in set(window)})
+                    yield [window[chunk.start():chunk.end()] for chunk in PATTERN.finditer(kinds)]
+                bar.update(len(window))
 
 
 def merge(pair, token, places, ids, before, after):
-    """Replace `pair` by `token` at those of `places` where it still stands; yield what this does to its neighbours.
+    """Replace `pair` by `token` at those of `places` where it still stands; yield how the pairs beside it change.
 
-    before[p] and after[p] are the places of the neighbours of place p: a linked list, from which it is quick to cut.
-    With ids = [7, 1, 2, 8, END], merge((1, 2), 9, [1], ...) leaves [7, 9, END, 8, END] with after[1] = 3, and yields
+    The tokens are a linked list: before[p] and after[p] are the places of the neighbors of place p. To delete from it
+    changes two numbers; to delete from a Python list moves all items that follow. With ids = [7, 1, 2, 8, END],
+    merge((1, 2), 9, [1], ...) leaves [7, 9, END, 8, END], after[1] = 3 and before[3] = 1, and yields
     (place, old pair, new pair): (0, (7, 1), (7, 9)) and (1, (2, 8), (9, 8))."""
     left, right = pair
-    for place in places:  # from left to right, since all were found in one such pass: aaa becomes (aa)a
+    for place in places:  # from left to right, so that aaa becomes (aa)a
         partner = after[place]
         if ids[place] != left or ids[partner] != right:
             continue  # another merge has taken one of them
@@ -115,31 +120,29 @@ def merge(pair, token, places, ids, before, after):
 
 
 def learn_merges(chunk_counts, how_many):
-    """Learn up to `how_many` merges from {chunk: how often it occurs}; return [(left, right), ...] by rank.
+    """Learn up to `how_many` merges from {chunk: how often it occurs}; return [(left id, right id), ...] by rank.
 
-    learn_merges({"low": 1, " lower": 1, " lowest": 1}, 2) -> [(108, 111), (256, 119)], which are l+o and lo+w
-    What the naive program counts again for every merge is kept here and changed only beside the merge: how often
-    each pair occurs, and where. A heap hands out the most frequent pair. Its counts can be out of date, but only too
-    high, since the pairs of old tokens just get rarer; such a pair is put back with its true count."""
-    ids, weights = [], []  # all distinct chunks in a row; for each place, how often its chunk occurs
+    A heap finds the most frequent pair without a look at all pairs. A count in the heap cannot be changed, so it may be
+    out of date; it is then too high, because pairs of older tokens only become rarer. A pair that comes out with an old
+    count is put back with its true count, and the first pair with a true count is the most frequent one."""
+    ids, weights = [], []  # all distinct chunks in one list; for each place, how often its chunk occurs
     for chunk, count in chunk_counts.items():
-        chunk = [*chunk.encode(), END]
-        ids += chunk
-        weights += [count] * len(chunk)
+        ids += [*chunk.encode(), END]
+        weights += [count] * (len(ids) - len(weights))
     before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
     counts, places = defaultdict(int), defaultdict(list)
     for place, pair in enumerate(zip(ids, ids[1:])):
         if END not in pair:
             counts[pair] += weights[place]
             places[pair].append(place)
-    heap = [(-count, pair) for pair, count in counts.items()]  # its smallest: most frequent, then smaller ids
+    heap = [(-count, pair) for pair, count in counts.items()]  # its smallest item: most frequent, then smallest pair
     heapq.heapify(heap)
     merges = []
     while len(merges) < how_many and heap:
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:
             heapq.heappush(heap, (-counts[pair], pair))
-        elif count < 0:
+        elif count < 0:  # otherwise the pair no longer occurs
             changes = list(merge(pair, 256 + len(merges), places.pop(pair), ids, before, after))
             merges.append(pair)
             for place, old, new in changes:
@@ -152,32 +155,26 @@ def learn_merges(chunk_counts, how_many):
 
 
 class ChunkEncoder(dict):
-    """{chunk: its tokens, as the bytes of an array of ids}; filled as chunks are asked for, emptied when it is full.
-
-    The naive way to encode a chunk searches it for the pair of lowest rank, merges that one and searches again: days
-    for a million characters. Here `places` says where each merge can be done, and it is done at all of them at once;
-    it cannot come up again, since its token is part of later merges only."""
+    """A cache {chunk: its ids, as the bytes of a numpy array}. A chunk is encoded when it is first looked up."""
 
     def __init__(self, ids, merges, packed_ids):
-        self.ids, self.merges, self.packed_ids = ids, merges, packed_ids  # ids[n] is the id of token n of rule 2
+        self.ids, self.merges, self.packed_ids = ids, merges, packed_ids  # ids: of the bytes, then of the merges
         self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
 
     def __missing__(self, chunk):
-        rank_of, places = self.rank_of, defaultdict(list)
+        rank_of, places = self.rank_of, defaultdict(list)  # places: by rank, where that merge is possible
         ids = [self.ids[byte] for byte in chunk.encode()] + [END]
         before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
         for place, pair in enumerate(zip(ids, ids[1:])):
             if pair in rank_of:
                 places[rank_of[pair]].append(place)
         while places:
-            rank = min(places)
+            rank = min(places)  # done once, because the pairs that it makes have its new token, and so a higher rank
             for place, _, new in merge(self.merges[rank], self.ids[256 + rank], places.pop(rank), ids, before, after):
                 if new in rank_of:
                     places[rank_of[new]].append(place)
         packed = b"".join([self.packed_ids[token] for token in ids if token != END])
-        if len(self) >= CACHED_CHUNKS:
-            self.clear()
-        if len(chunk) <= 100:  # a longer one hardly comes twice
+        if len(self) < CACHED_CHUNKS and len(chunk) <= 100:  # longer chunks hardly repeat
             self[chunk] = packed
         return packed
 
@@ -185,12 +182,12 @@ class ChunkEncoder(dict):
 # A tokenizer.json spells each byte of a token as one visible character, as GPT-2 did: printable bytes as themselves,
 # the others as U+0100 and on. A space is "Ġ", and " the" is "Ġthe".
 OTHERS = itertools.count(0x100)
-BYTE_SYMBOLS = [chr(byte if chr(byte).isprintable() and byte != 0x20 else next(OTHERS)) for byte in range(256)]
+BYTE_OF = {chr(byte if chr(byte).isprintable() and byte != 0x20 else next(OTHERS)): byte for byte in range(256)}
 
 
 def tokenizer_json(merges, special_tokens):
-    """The text of a tokenizer.json, the file of Hugging Face's `tokenizers`, with ids by rule 2."""
-    spelled = BYTE_SYMBOLS.copy()
+    """The text of a tokenizer.json, the file of Hugging Face's `tokenizers`."""
+    spelled = list(BYTE_OF)
     for left, right in merges:
         spelled.append(spelled[left] + spelled[right])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
@@ -204,74 +201,34 @@ def tokenizer_json(merges, special_tokens):
 
 
 def check_section(name, section, types, known):
-    """Refuse a section of a tokenizer.json that has another type, or switches on more than what is `known`."""
-    unsupported = f"tokenizer.json: unsupported {name}"
-    require(isinstance(section, dict) and section.get("type") in types, f"{unsupported} {short(section)}")
+    """Refuse a section of a tokenizer.json that has another type, or switches on a setting that is not `known`."""
+    require(isinstance(section, dict) and section.get("type") in types, f"unsupported {name} {section!r:.60}")
     for key, value in section.items():
-        require(key in known.split() or not value, f"{unsupported} with {key} {short(value)}")
+        require(key in known.split() or not value, f"unsupported {name} with {key} {value!r:.60}")
 
 
 class BPETokenizer:
-    """Made by `train`, `load` or `from_state`. It has a `vocab_size`, which counts bytes, merges and special tokens,
-    the list of `merges`, (left id, right id) by rank, and `special_tokens`, {text: id}."""
+    """Made by `train`, `load` or `from_state`. It has a `vocab_size`, which counts all tokens, the list of `merges`,
+    (left id, right id) by rank, and `special_tokens`, {text: id}."""
 
-    def __init__(self, state):
-        """`state` is the text of a tokenizer.json, perhaps a stranger's: whatever is damaged in it, or is more than
-        byte-level BPE with GPT-2's split, raises a TokenizerError that names it."""
-        require(isinstance(state, str) and len(state) <= MAX_FILE_SIZE, "tokenizer.json: not text of up to 16 MB")
-        try:
-            file = json.loads(state)
-        except (ValueError, RecursionError) as error:
-            raise TokenizerError(f"tokenizer.json: not JSON: {error}") from None
-        check_section("content", file, [None], "version added_tokens pre_tokenizer post_processor decoder model")
-        model, split, added = file.get("model"), file.get("pre_tokenizer"), file.get("added_tokens") or []
-        check_section("model", model, ["BPE", None], "type vocab merges unk_token fuse_unk")
-        check_section("pre_tokenizer", split, ["ByteLevel"], "type trim_offsets use_regex")
-        require(split.get("use_regex", True), "tokenizer.json: unsupported pre_tokenizer without use_regex")
-        for name in "post_processor", "decoder":
-            check_section(name, file.get(name) or split, ["ByteLevel"], "type trim_offsets use_regex add_prefix_space")
-        vocab, rules = model.get("vocab"), model.get("merges")
-        require(isinstance(vocab, dict) and isinstance(rules, list) and isinstance(added, list)
-                and all(type(token) is int for token in vocab.values()), "tokenizer.json: wrong type of vocab or lists")
-        require(vocab.keys() >= set(BYTE_SYMBOLS), "tokenizer.json: some of the 256 bytes have no token")
-        self.merges, self.special_tokens = [], {}
-        self._bytes_of = made = {vocab[symbol]: bytes([byte]) for byte, symbol in enumerate(BYTE_SYMBOLS)}
-        for rule in rules:
-            pair = rule.split(" ") if isinstance(rule, str) else rule
-            is_pair = isinstance(pair, list) and list(map(type, pair)) == [str, str]
-            left, right, token = [vocab.get(text) for text in (*pair, "".join(pair))] if is_pair else [None] * 3
-            require(left in made and right in made and token not in made and token is not None,
-                    f"tokenizer.json: merge {short(rule)} does not make a new token of two older ones")
-            self.merges.append((left, right))
-            made[token] = made[left] + made[right]
-        for entry in added:
-            check_section("added token", entry, [None], "id content special normalized")
-            text, token = entry.get("content"), entry.get("id")
-            require(isinstance(text, str) and len(text.encode()) > 1, f"special token {short(text)}: under two bytes")
-            require(type(token) is int and token not in made and vocab.setdefault(text, token) == token,
-                    f"special token {short(text)} has no id, or shares its id or its spelling with another token")
-            self.special_tokens[text] = token
-            made[token] = text.encode()
-        require(sorted(made) == list(range(len(vocab))), "tokenizer.json: ids with gaps, or tokens that no merge makes")
-        self.vocab_size, self._state, self._ids = len(vocab), state, list(made)
+    def __init__(self, state, merges, special_tokens, bytes_of):
+        """`bytes_of` is {id: bytes}, of the 256 bytes, then of the merges by rank, then of all other tokens."""
+        self.vocab_size, self.merges, self.special_tokens = len(bytes_of), merges, special_tokens
+        self._state, self._bytes_of, self._ids = state, bytes_of, list(bytes_of)[:256 + len(merges)]
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
         self._packed_ids = [token.tobytes() for token in np.arange(self.vocab_size, dtype=self._dtype)]
-        self._chunks = ChunkEncoder(self._ids, self.merges, self._packed_ids)
-
-    @classmethod
-    def from_state(cls, state):
-        """The tokenizer whose `state()` this is."""
-        return cls(state)
+        self._chunks = ChunkEncoder(self._ids, merges, self._packed_ids)
 
     @classmethod
     def train(cls, text, vocab_size, *, special_tokens=(), allowed_chars=None, sample_size=None, progress=False):
         """Learn a vocabulary of `vocab_size` tokens: 256 bytes, the special tokens, and merges for the rest.
-        `allowed_chars`: learn only from chunks made of these characters (name the space too); all other text is
-        still encoded, as bytes. `sample_size`: learn from so many characters at the beginning."""
-        cls(tokenizer_json([], special_tokens))  # refuses wrong ones before the long work
+        allowed_chars: learn only from chunks of these characters (name the space, too); any text can still be encoded.
+        sample_size: learn only from so many characters at the beginning. progress: show a bar on a terminal.
+        A text with few pairs gives a smaller vocabulary. Raises TokenizerError if the arguments do not fit together."""
+        cls.from_state(tokenizer_json([], special_tokens))  # refuses wrong ones before the long work
         how_many = vocab_size - 256 - len(special_tokens)
         require(how_many >= 0, f"a vocabulary of {vocab_size} has no room for 256 bytes and the special tokens")
-        require(sample_size is None or sample_size > 0, f"a sample of {sample_size} characters teaches nothing")
+        require(sample_size is None or sample_size > 0, f"a sample of {sample_size} characters is empty")
         parts = split_text(text[:sample_size], special_tokens, "counting chunks" if progress else None)
         chunk_counts = Counter(itertools.chain.from_iterable(part for part in parts if isinstance(part, list)))
         if allowed_chars is not None:
@@ -279,15 +236,15 @@ class BPETokenizer:
         merges = learn_merges(chunk_counts, how_many)
         if len(merges) < how_many:
             print(f"bpe_tokenizer.py: this text has {len(merges)} merges to learn, not {how_many}", file=sys.stderr)
-        return cls(tokenizer_json(merges, special_tokens))
+        return cls.from_state(tokenizer_json(merges, special_tokens))
 
     def encode(self, text, allowed_special=(), disallowed_special="all"):
-        """Text to a list of ids. Both choices are "all" or a collection, and mean what they do in tiktoken: a special
-        token in the text becomes its id if allowed, else a TokenizerError if disallowed, else it is plain text."""
+        """Text to a list of ids. Both choices are "all" or a collection, with tiktoken's meaning: a special token in
+        the text becomes its id if allowed; else it raises TokenizerError if disallowed; else it is plain text."""
         return self.encode_to_array(text, allowed_special, disallowed_special).tolist()
 
     def encode_to_array(self, text, allowed_special=(), disallowed_special="all", progress=False):
-        """As `encode`, to a numpy array of the smallest unsigned type. There is never a list of all ids."""
+        """As `encode`, to a numpy array of the smallest unsigned type, without a list of all ids on the way."""
         special = self.special_tokens.keys()
         allowed = special if allowed_special == "all" else special & allowed_special
         for token in special - allowed if disallowed_special == "all" else disallowed_special:
@@ -301,32 +258,27 @@ class BPETokenizer:
         return np.frombuffer(packed, self._dtype)
 
     def decode_bytes(self, ids):
-        """Ids to the very bytes that were encoded. An unknown id raises a TokenizerError that names it."""
+        """Ids (integers of Python, numpy or torch) to bytes. Raises TokenizerError for an unknown id."""
         try:
-            return b"".join([self._bytes_of[int(token)] for token in ids])  # int() for those of numpy and torch
+            return b"".join([self._bytes_of[index(token)] for token in ids])
         except KeyError as error:
             raise TokenizerError(f"there is no token {error}: ids go from 0 to {self.vocab_size - 1}") from None
 
     def decode(self, ids):
-        """Ids to text. Broken UTF-8, such as half a character, becomes U+FFFD."""
+        """Ids to text. Bytes that are not UTF-8, such as half a character, become U+FFFD. Raises as `decode_bytes`."""
         return self.decode_bytes(ids).decode(errors="replace")
 
-    def decode_stream(self, ids):
-        """Yield the text of ids as they come in, each character as soon as its last byte is there."""
-        yield from codecs.iterdecode((self.decode_bytes([token]) for token in ids), "utf-8", errors="replace")
-
     def mergeable_ranks(self):
-        """{bytes of a token: its id}, special tokens left out, as `tiktoken.Encoding` takes it."""
-        ids = self._ids[: 256 + len(self.merges)]
-        require(ids[256:] == sorted(ids[256:]), "tiktoken needs ids that rise with the ranks of the merges")
-        return {self._bytes_of[token]: token for token in ids}
+        """{bytes: id} of the bytes and merges, as `tiktoken.Encoding` takes it."""
+        require(self._ids[256:] == sorted(self._ids[256:]), "tiktoken needs ids that rise with the ranks of the merges")
+        return {self._bytes_of[token]: token for token in self._ids}
 
     def state(self):
-        """All of the tokenizer as one string, the text of a tokenizer.json."""
+        """The whole tokenizer as one string, the text of a tokenizer.json."""
         return self._state
 
     def save(self, path):
-        """Write a tokenizer.json. If that fails, a file that was there before is still the old one."""
+        """Write a tokenizer.json. Raises OSError if that fails; what was there before is then still there."""
         temporary = Path(f"{path}.{time.time_ns()}.tmp")
         try:
             temporary.write_text(self._state, encoding="utf-8")
@@ -336,42 +288,90 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer.json, ours or another's."""
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return cls(file.read(MAX_FILE_SIZE + 1))
+        """Read a tokenizer.json. Raises OSError if it cannot be read, TokenizerError if it cannot be used."""
+        try:
+            return cls.from_state(Path(path).read_bytes().decode())
+        except ValueError as error:
+            raise TokenizerError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_state(cls, state):
+        """The tokenizer whose `state()` this is. Raises TokenizerError if the text is damaged, or asks for more than
+        byte-level BPE with GPT-2's pattern."""
+        require(isinstance(state, str), "the state of a tokenizer is a string")
+        try:
+            file = json.loads(state)
+        except (ValueError, RecursionError) as error:
+            raise TokenizerError(f"not JSON: {error}") from None
+        check_section("content", file, [None], "version added_tokens pre_tokenizer post_processor decoder model")
+        model, split, added = file.get("model"), file.get("pre_tokenizer"), file.get("added_tokens") or []
+        check_section("model", model, ["BPE", None], "type vocab merges unk_token fuse_unk")
+        for name in "pre_tokenizer", "post_processor", "decoder":
+            check_section(name, file.get(name) or split, ["ByteLevel"], "type trim_offsets use_regex add_prefix_space")
+        require(split.get("use_regex", True) and not split.get("add_prefix_space"),
+                "unsupported pre_tokenizer: use_regex must be true, and add_prefix_space must be false")
+        vocab, rules = model.get("vocab"), model.get("merges")
+        require(isinstance(vocab, dict) and isinstance(rules, list) and isinstance(added, list)
+                and all(type(token) is int for token in vocab.values()), "wrong type of vocab, merges or added_tokens")
+        require(vocab.keys() >= BYTE_OF.keys(), "some of the 256 bytes have no token")
+        merges, special_tokens, bytes_of = [], {}, {vocab[symbol]: bytes([byte]) for symbol, byte in BYTE_OF.items()}
+        for rule in rules:
+            pair = rule.split(" ") if isinstance(rule, str) else rule
+            is_pair = isinstance(pair, list) and list(map(type, pair)) == [str, str]
+            left, right, token = [vocab.get(part) for part in (*pair, "".join(pair))] if is_pair else [None] * 3
+            require(left in bytes_of and right in bytes_of and token not in bytes_of and token is not None,
+                    f"merge {rule!r:.60} does not make a new token of two older ones")
+            merges.append((left, right))
+            bytes_of[token] = bytes_of[left] + bytes_of[right]
+        for entry in added:
+            check_section("added token", entry, [None], "id content special normalized")
+            text, token = entry.get("content"), entry.get("id")
+            require(text and isinstance(text, str) and type(token) is int and token not in bytes_of
+                    and vocab.setdefault(text, token) == token,
+                    f"special token {text!r:.60} is empty, has no id, or shares its id or spelling with another token")
+            special_tokens[text], bytes_of[token] = token, text.encode()
+        for text, token in vocab.items():
+            if token not in bytes_of:  # no merge makes it: it can be decoded, but is never encoded
+                is_spelled = BYTE_OF.keys() >= set(text)
+                bytes_of[token] = bytes(BYTE_OF[c] for c in text) if is_spelled else text.encode()
+        require(sorted(bytes_of) == list(range(len(vocab))), f"{len(vocab)} tokens, but their ids are not 0, 1, 2, ...")
+        return cls(state, merges, special_tokens, bytes_of)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Learn a byte-level BPE tokenizer from a text, or look at one.")
+    """The command line. A user's mistake ends the program with one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="bpe_tokenizer.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("file", nargs="?", help="UTF-8 text to learn from")
     parser.add_argument("--vocab-size", type=int, default=1024, help="bytes + merges + special tokens (%(default)s)")
     parser.add_argument("--special-token", action="append", default=[], help="such as <|end|>; can be repeated")
-    parser.add_argument("--allowed-chars", help="learn only from chunks of these characters (name the space too)")
-    parser.add_argument("--sample-size", type=int, help="learn from so many characters at the beginning")
-    parser.add_argument("--load", help="tokenizer.json to use, in the place of learning one")
+    parser.add_argument("--load", help="tokenizer.json to use, instead of learning one")
     parser.add_argument("--output", help="tokenizer.json to write")
-    parser.add_argument("--encode", default="", help="text to show as ids and pieces")
-    parser.error = lambda message: parser.exit(2, f"bpe_tokenizer.py: error: {' '.join(str(message).split())}\n")
+    parser.add_argument("--encode", help="text to show as tokens")
     args = parser.parse_args(argv)
+    file = args.load or args.file  # the one that an error is about
     try:
         if args.load:
-            tokenizer = BPETokenizer.load(args.load)
+            tokenizer = BPETokenizer.load(file)
         else:
-            require(args.file and args.file != args.output, "name a text to learn from (not --output), or use --load")
-            text = Path(args.file).read_bytes().decode()
-            start = time.perf_counter()
-            tokenizer = BPETokenizer.train(text, args.vocab_size, special_tokens=args.special_token, progress=True,
-                                           allowed_chars=args.allowed_chars, sample_size=args.sample_size)
-            print(f"vocabulary of {tokenizer.vocab_size} tokens, learned in {time.perf_counter() - start:.2f} s")
-            if args.output:
-                tokenizer.save(args.output)
-            size, count = len(text.encode()), len(tokenizer.encode_to_array(text, "all", progress=True))
-            print(f"{size:,} bytes are {count:,} tokens, {size / max(count, 1):.2f} bytes per token")
-            learned = [repr(tokenizer.decode([token])) for token in range(256, 256 + len(tokenizer.merges))]
-            print("first:", *learned[:16], "\nlongest:", *sorted(learned, key=len, reverse=True)[:16])
-        for token in tokenizer.encode(args.encode, allowed_special="all"):
+            require(file and file != args.output, "name a text to learn from (not --output), or use --load")
+            text = Path(file).read_bytes().decode()
+            tokenizer = BPETokenizer.train(text, args.vocab_size, special_tokens=args.special_token, progress=True)
+            tokens = tokenizer.encode_to_array(text, "all", progress=True)
+            print(f"{len(text.encode()):,} bytes are {len(tokens):,} tokens")
+        if args.output:
+            file = args.output
+            tokenizer.save(file)
+        if args.encode is None:
+            learned = [tokenizer.decode([token]) for token in tokenizer._ids[256:]]
+            print(f"vocabulary of {tokenizer.vocab_size:,} tokens: 256 bytes, {len(learned):,} merges")
+            print("special tokens:", *(tokenizer.special_tokens or ["none"]))
+            print("first merges:", *map(repr, learned[:9]))
+            print("longest merges:", *map(repr, sorted(learned, key=len, reverse=True)[:4]))
+        for token in tokenizer.encode(args.encode or "", allowed_special="all"):
             print(f"{token:6}  {tokenizer.decode([token])!r:16} {tokenizer.decode_bytes([token]).hex(' ')}")
-    except (TokenizerError, OSError, UnicodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"{file}: {getattr(error, 'strerror', error)}")
+    except (TokenizerError, UnicodeEncodeError) as error:
         parser.error(error)
 
 

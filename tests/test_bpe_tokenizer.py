@@ -1,55 +1,50 @@
-"""The tokenizer against a slow and obvious one, against the Rust libraries where they are installed, and under fire."""
+"""The tokenizer against the naive one of its docstring, against what other libraries gave, and against bad input.
 
+tests/data/golden_tokenizer.json holds what `regex`, `tiktoken` and `tokenizers` give (see tests/make_golden.py). The
+tests below "where they are installed" compare with the libraries themselves, on many more texts."""
+
+import doctest
 import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import tracemalloc
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import bpe_tokenizer
+from bpe_tokenizer import BPETokenizer, TokenizerError, split_text
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import bpe_tokenizer  # noqa: E402
-from bpe_tokenizer import BPETokenizer, TokenizerError, split_text  # noqa: E402
-
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+SPECIAL_TOKENS = ["<|end|>", "<|endoftext|>"]
 VARIED = [
-    "",
-    "\n",
-    "hello world",
-    "I'll say we've 'tis they're I'LL it's x'sy ''s",
-    "  two  spaces\t\ttabs \r\n\r\n end  ",
-    "x=1+22;y[3]={'a':0.5e-7}//!!?",
-    "naïve café, Ünïcödé; ½ and Ⅷ and x² and ٣ and 五",
-    "東京タワーは高い。こんにちは！",
-    "مرحبا بالعالم שלום",
-    "😀 👩‍👩‍👧 🏳️‍🌈 👍🏽 e\u0301",
-    "\x00\x1c\x1d\x1e\x1f\x7f\x85\xa0\u2028\u3000\ufeff",
-    "_snake_case __init__ a_1",
+    "", "\n", "hello world", "I'll say we've 'tis they're I'LL it's x'sy ''s", "  two  spaces\t\ttabs \r\n\r\n end  ",
+    "x=1+22;y[3]={'a':0.5e-7}//!!?", "naïve café, Ünïcödé; ½ and Ⅷ and x² and ٣ and 五", "東京タワーは高い。こんにちは！",
+    "مرحبا بالعالم שלום", "😀 👩‍👩‍👧 🏳️‍🌈 👍🏽 e\u0301", "\x00\x1c\x1d\x1e\x1f\x7f\x85\xa0\u2028\u3000\ufeff", "_snake_case __init__ a_1",
     "aaaaaaaaaaaaaaaa",
 ]
 
 
-# ---- the slow and obvious tokenizer ----
+# ---- the naive tokenizer ----
 
 WHITE_SPACE = set("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {chr(c) for c in range(0x2000, 0x200B)}
 
 
 def kind(character):
-    """L, N, S (white space) or O (all others), as GPT-2's pattern sees a character."""
+    """L (letter), N (number), S (white space) or O (other), as GPT-2's pattern sees a character."""
     category = unicodedata.category(character)[0]
     return "S" if character in WHITE_SPACE else category if category in "LN" else "O"
 
 
-def slow_split(text):
-    """GPT-2's pattern in plain words, one character after the other."""
+def naive_split(text):
+    """GPT-2's pattern in plain code, one character after the other."""
     chunks, start = [], 0
     while start < len(text):
         contraction = next((c for c in ("'s", "'d", "'m", "'t", "'ll", "'ve", "'re") if text.startswith(c, start)), "")
@@ -60,41 +55,25 @@ def slow_split(text):
         if contraction:
             end = start + len(contraction)
         elif kind(text[first]) == "S" and end < len(text) and end - start > 1:
-            end -= 1  # the last white space of a run goes to what follows
+            end -= 1  # the last white space goes to what follows
         chunks.append(text[start:end])
         start = end
     return chunks
 
 
-def slow_replace(ids, pair, token):
-    replaced = []
-    for i in ids:
-        replaced.append(i)
-        if tuple(replaced[-2:]) == pair:
-            replaced[-2:] = [token]
-    return replaced
+# The code in the module's docstring is the reference for all merges: its functions, after the doctest has run.
+DOCTEST = doctest.DocTestParser().get_doctest(bpe_tokenizer.__doc__, dict(vars(bpe_tokenizer)), "docstring", None, None)
+DOCTEST_RESULT = doctest.DocTestRunner().run(DOCTEST, clear_globs=False)
+replace, naive_train = DOCTEST.globs["replace"], DOCTEST.globs["naive_train"]
 
 
-def slow_merges(text, how_many):
-    """Count every pair of the whole text anew for every merge."""
-    chunks, merges = [list(chunk.encode()) for chunk in slow_split(text)], []
-    while len(merges) < how_many:
-        counts = Counter(pair for ids in chunks for pair in zip(ids, ids[1:]))
-        if not counts:
-            break
-        pair = min(counts, key=lambda pair: (-counts[pair], pair))
-        chunks = [slow_replace(ids, pair, 256 + len(merges)) for ids in chunks]
-        merges.append(pair)
-    return merges
-
-
-def slow_encode(text, merges):
+def naive_encode(text, merges):
     ids = []
-    for chunk in slow_split(text):
-        chunk = list(chunk.encode())
+    for chunk in naive_split(text):
+        chunk_ids = list(chunk.encode())
         for rank, pair in enumerate(merges):
-            chunk = slow_replace(chunk, pair, 256 + rank)
-        ids += chunk
+            chunk_ids = replace(chunk_ids, pair, 256 + rank)
+        ids += chunk_ids
     return ids
 
 
@@ -108,11 +87,16 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return BPETokenizer.train(corpus, 1024, special_tokens=["<|end|>", "<|endoftext|>"])
+    return BPETokenizer.train(corpus, 1024, special_tokens=SPECIAL_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((ROOT / "tests/data/golden_tokenizer.json").read_text(encoding="utf-8"))
 
 
 def random_text(rng, length):
-    """Letters, signs and white space of all planes, joined emoji, control characters, runs of one character."""
+    """Letters, punctuation and white space of all planes, joined emoji, control characters, runs of one character."""
     sources = [
         lambda: rng.choice("abc xyz'\n"),
         lambda: chr(rng.randrange(128)),
@@ -125,28 +109,22 @@ def random_text(rng, length):
     return "".join(rng.choice(sources)() for _ in range(length))
 
 
-def small_json(**changes):
-    """A tokenizer.json such as others write: ids of bytes not in the order of bytes, a special token in the middle."""
-    symbols = bpe_tokenizer.BYTE_SYMBOLS
-    pieces = [*sorted(symbols), "Ġt", "<|end|>", "he", "Ġthe", "ou"]
+def small_json(extra=(), **changes):
+    """A tokenizer.json such as others write: the ids of bytes are not the bytes, a special token is in the middle.
+
+    `extra` are tokens that no merge makes; model__dropout=0.1 changes the setting "dropout" in the section "model"."""
+    tokens = [*sorted(bpe_tokenizer.BYTE_OF), "Ġt", "<|end|>", "he", "Ġthe", "ou", *extra]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": 257, "content": "<|end|>", "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": True, "special": True}
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": {piece: id for id, piece in enumerate(pieces)},
-            "merges": [["Ġ", "t"], ["h", "e"], ["Ġt", "he"], ["o", "u"]],
-        },
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": 257, "content": "<|end|>", "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": True, "special": True}],
+        "pre_tokenizer": {**byte_level, "add_prefix_space": False},
+        "post_processor": {**byte_level, "trim_offsets": False}, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                  "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {token: i for i, token in enumerate(tokens)},
+                  "merges": [["Ġ", "t"], ["h", "e"], ["Ġt", "he"], ["o", "u"]]},
     }
     for path, value in changes.items():
         *parents, name = path.split("__")
@@ -157,6 +135,27 @@ def small_json(**changes):
     return content
 
 
+def from_content(content):
+    return BPETokenizer.from_state(json.dumps(content))
+
+
+def lines_run(function, *arguments):
+    """How many lines of bpe_tokenizer.py run in a call: its work, measured without a clock."""
+    count, before = 0, sys.gettrace()
+
+    def count_line(frame, event, _):
+        nonlocal count
+        count += event == "line"
+        return count_line
+
+    sys.settrace(lambda frame, event, _: count_line if frame.f_code.co_filename == bpe_tokenizer.__file__ else None)
+    try:
+        function(*arguments)
+    finally:
+        sys.settrace(before)
+    return count
+
+
 # ---- splitting ----
 
 
@@ -165,62 +164,79 @@ def split(text):
 
 
 def test_every_character_is_of_the_kind_that_unicode_says():
-    """A character of kind L, N or O makes one chunk with a known character of its kind and two with any other."""
-    pattern = bpe_tokenizer.unicode_pattern()
-    for code in range(sys.maxunicode + 1):
-        character = chr(code)
-        known = {"L": "a", "N": "1", "O": "!", "S": "\t"}
-        own = known.pop(kind(character))
-        assert pattern.fullmatch(own + character), hex(code)
-        assert [len(pattern.match(other + character)[0]) for other in known.values()] == [1, 1, 1], hex(code)
+    example = {"L": "a", "N": "1", "S": "\t", "O": "!"}
+    for c in map(chr, range(sys.maxunicode + 1)):
+        assert bpe_tokenizer.ascii_kind(c) == (c if c < "\x80" else example[kind(c)]), hex(ord(c))
 
 
-def test_ascii_pattern_agrees_with_unicode_pattern():
-    texts = ["".join(characters) for characters in itertools.product("a1!_' \n\x1c", repeat=5)]
-    texts += [before + chr(code) + after for code in range(128) for before in "a1!'" for after in ["", " ", "a"]]
-    for text in texts:
-        assert bpe_tokenizer.ASCII_PATTERN.findall(text) == bpe_tokenizer.unicode_pattern().findall(text)
-
-
-def test_split_agrees_with_slow_split(corpus):
+def test_split_agrees_with_naive_split(corpus):
     rng = random.Random(1)
-    for text in [*VARIED, *(random_text(rng, rng.randrange(30)) for _ in range(2000)), corpus[:50_000]]:
-        assert split(text) == slow_split(text)
+    ascii_texts = ["".join(characters) for characters in itertools.product("ae1!'s \n\x1c", repeat=4)]
+    for text in [*VARIED, *ascii_texts, *(random_text(rng, rng.randrange(30)) for _ in range(1000)), corpus[:30_000]]:
+        assert split(text) == naive_split(text)
 
 
-def test_split_agrees_with_regex_package(corpus):
-    regex = pytest.importorskip("regex")
-    pattern = regex.compile(GPT2_PATTERN)
-    assigned = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
-    assert len(assigned) > 200_000
-    for text in [*VARIED, corpus, *(f"a{c}1{c} {c}!{c} a  {c}" for c in assigned)]:
-        assert split(text) == pattern.findall(text), [hex(ord(c)) for c in set(text[:20])]
+def test_split_agrees_with_the_golden_chunks(golden):
+    for case in golden["texts"]:
+        assert split("".join(case["chunks"])) == case["chunks"]
 
 
 def test_windows_do_not_change_the_split(monkeypatch, corpus):
     rng = random.Random(2)
-    texts = [*VARIED, corpus[:5000], *(random_text(rng, 40) for _ in range(500))]
+    texts = [*VARIED, corpus[:3000], *(random_text(rng, 40) for _ in range(200))]
     whole = [split(text) for text in texts]
     for size in 1, 2, 5:
-        pattern = bpe_tokenizer.WINDOW.pattern.replace("16384", str(size))
-        monkeypatch.setattr(bpe_tokenizer, "WINDOW", bpe_tokenizer.re.compile(pattern))
-        assert len(list(split_text(corpus[:5000]))) > 5000 // (size + 20)
+        monkeypatch.setattr(bpe_tokenizer, "WINDOW", re.compile(bpe_tokenizer.WINDOW.pattern.replace("16384", str(size))))
+        assert len(list(split_text(corpus[:3000]))) > 3000 // (size + 20)
         assert [split(text) for text in texts] == whole
+
+
+def test_a_window_is_hardly_longer_than_it_must_be(corpus):
+    windows = [len("".join(chunks)) for chunks in split_text(corpus)]
+    assert len(windows) > 50 and min(windows[:-1]) >= 16_384 and max(windows) < 16_484
+    assert split("a" * 50_000) == ["a" * 50_000]
 
 
 # ---- learning ----
 
 
-def test_merges_agree_with_slow_trainer_on_small_texts():
+def test_the_docstring_is_right():
+    assert DOCTEST_RESULT.attempted == 4 and DOCTEST_RESULT.failed == 0
+
+
+def test_worked_examples_of_the_other_docstrings():
+    end = bpe_tokenizer.END
+    assert list(split_text("I'm 20<|end|>Hi", ["<|end|>"])) == [["I", "'m", " 20"], "<|end|>", ["Hi"]]
+    ids, before, after = [7, 1, 2, 8, end], [-1, 0, 1, 2, 3], [1, 2, 3, 4, 5]
+    changes = list(bpe_tokenizer.merge((1, 2), 9, [1], ids, before, after))
+    assert ids == [7, 9, end, 8, end] and after[1] == 3 and before[3] == 1
+    assert changes == [(0, (7, 1), (7, 9)), (1, (2, 8), (9, 8))]
+    merges = [(108, 111), (256, 119), (32, 257)]
+    assert bpe_tokenizer.learn_merges({"low": 1, " lower": 1, " lowest": 1}, 3) == merges
+    assert BPETokenizer.train("low lower lowest", 259).encode(" lows") == naive_encode(" lows", merges) == [258, 115]
+
+
+def test_merges_agree_with_naive_train_on_small_texts():
     rng = random.Random(3)
     alphabets = ["a", "ab", "aab ", "abc \n", "aé", "😀a ", "the cat's hat ", "01 .,"]
-    texts = ["".join(rng.choices(alphabet, k=rng.randrange(60))) for alphabet in alphabets for _ in range(60)]
+    texts = ["".join(rng.choices(alphabet, k=rng.randrange(60))) for alphabet in alphabets for _ in range(30)]
     for text in [*texts, *("a" * length for length in range(40)), *VARIED]:
-        assert BPETokenizer.train(text, 256 + 25).merges == slow_merges(text, 25), text
+        merges, chunks = BPETokenizer.train(text, 256 + 25).merges, naive_split(text)
+        assert merges == naive_train(chunks, len(merges)), text
+        if len(merges) < 25:  # it stopped early because there is nothing left to merge
+            assert all(len(naive_encode(chunk, merges)) == 1 for chunk in chunks)
 
 
-def test_merges_agree_with_slow_trainer_on_a_slice(corpus):
-    assert BPETokenizer.train(corpus[:15_000], 256 + 150).merges == slow_merges(corpus[:15_000], 150)
+def test_merges_agree_with_naive_train_on_real_text(corpus):
+    assert BPETokenizer.train(corpus[:8000], 256 + 100).merges == naive_train(naive_split(corpus[:8000]), 100)
+
+
+def test_merges_agree_with_those_of_tokenizers(golden, tokenizer):
+    """It breaks ties in another order, because its ids number the bytes in another way: so the sets are compared."""
+    symbols = list(bpe_tokenizer.BYTE_OF)
+    spelled = {tuple("".join(symbols[byte] for byte in tokenizer.decode_bytes([token])) for token in pair)
+               for pair in tokenizer.merges}
+    assert spelled == {tuple(merge.split(" ")) for merge in golden["merges"]}
 
 
 def test_ties_go_to_the_smaller_pair():
@@ -228,26 +244,13 @@ def test_ties_go_to_the_smaller_pair():
     assert BPETokenizer.train("dc ba", 258).merges == [(32, 98), (100, 99)]
 
 
-def test_worked_examples_of_the_docstrings():
-    end = bpe_tokenizer.END
-    assert list(split_text("I'm 20<|end|>Hi", ["<|end|>"])) == [["I", "'m", " 20"], "<|end|>", ["Hi"]]
-    ids, before, after = [7, 1, 2, 8, end], [-1, 0, 1, 2, 3], [1, 2, 3, 4, 5]
-    changes = list(bpe_tokenizer.merge((1, 2), 9, [1], ids, before, after))
-    assert ids == [7, 9, end, 8, end] and after[1] == 3
-    assert changes == [(0, (7, 1), (7, 9)), (1, (2, 8), (9, 8))]
-    counts = {"low": 1, " lower": 1, " lowest": 1}
-    assert bpe_tokenizer.learn_merges(counts, 2) == [(108, 111), (256, 119)]
-    assert BPETokenizer.train("low lower lowest", 258).encode("low lower") == [257, 32, 257, 101, 114]
-
-
-def test_training_is_deterministic(corpus):
+def test_training_is_the_same_in_every_process(corpus):
+    """Python's sets of strings have another order in each process. None of this order may reach the merges."""
     program = "import sys; from bpe_tokenizer import *; print(BPETokenizer.train(sys.stdin.read(), 500).merges)"
     outputs = {
-        subprocess.run([sys.executable, "-c", program], input=corpus[:50_000], text=True, capture_output=True, check=True,
-                       cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
-        for seed in "12"
-    }
-    assert outputs == {f"{BPETokenizer.train(corpus[:50_000], 500).merges}\n"}
+        subprocess.run([sys.executable, "-c", program], input=corpus[:30_000], text=True, capture_output=True, check=True,
+                       cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"}
+    assert outputs == {f"{BPETokenizer.train(corpus[:30_000], 500).merges}\n"}
 
 
 def test_vocab_size_counts_everything(corpus):
@@ -255,23 +258,23 @@ def test_vocab_size_counts_everything(corpus):
     assert trained.vocab_size == 300 and len(trained.merges) == 42
     assert trained.special_tokens == {"<|a|>": 298, "<|b|>": 299}
     assert BPETokenizer.train("", 256).vocab_size == 256
+    assert BPETokenizer.train("", 258, special_tokens=("<a>", "<b>")).vocab_size == 258
 
 
 def test_too_many_merges_end_early_and_say_so(capsys):
-    trained = BPETokenizer.train("abab", 1000)
-    assert trained.merges == [(97, 98), (256, 256)] and trained.vocab_size == 258
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert "2 merges" in captured.err and "744" in captured.err
+    trained = BPETokenizer.train("abab", 258)
+    assert trained.merges == [(97, 98), (256, 256)] and capsys.readouterr() == ("", "")
+    assert BPETokenizer.train("abab", 1000).merges == trained.merges
+    assert capsys.readouterr() == ("", "bpe_tokenizer.py: this text has 2 merges to learn, not 744\n")
 
 
-def test_sample_size(corpus):
+def test_a_sample_is_the_beginning_of_the_text(corpus):
     sampled = BPETokenizer.train(corpus, 400, sample_size=30_000)
     assert sampled.merges == BPETokenizer.train(corpus[:30_000], 400).merges
-    assert sampled.merges != BPETokenizer.train(corpus, 400).merges
+    assert BPETokenizer.train("ab" * 9, 300, sample_size=1).merges == []
 
 
-def test_allowed_chars():
+def test_only_chunks_of_allowed_characters_are_learned_from():
     text = "the theme, thé 123 the\n" * 9
     merges = BPETokenizer.train(text, 300, allowed_chars="ehmt").merges  # without the space: "the" at line starts only
     assert merges == BPETokenizer.train("the\n" * 9, 300, allowed_chars="ehmt").merges == [(104, 101), (116, 256)]
@@ -289,23 +292,20 @@ def test_special_tokens_are_never_learned_from():
     assert trained.encode(text, allowed_special="all") == [256, 257] * 50
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ({"vocab_size": 255}, "vocabulary of 255"),
-        ({"vocab_size": 257, "special_tokens": ["<a>", "<b>"]}, "no room"),
-        ({"vocab_size": 300, "special_tokens": ["<a>", "<a>"]}, "special token '<a>'"),
-        ({"vocab_size": 300, "special_tokens": ["a"]}, "special token 'a'"),
-        ({"vocab_size": 300, "special_tokens": [""]}, "special token ''"),
-        ({"vocab_size": 300, "special_tokens": [7]}, "special token 7"),
-        ({"vocab_size": 300, "special_tokens": "<a>"}, "special token '<'"),
-        ({"vocab_size": 300, "special_tokens": ["é"]}, "special token 'é'"),  # how a tokenizer.json spells byte 0xE9
-        ({"vocab_size": 300, "special_tokens": ["a\ud800"]}, "surrogates"),
-        ({"vocab_size": 300, "sample_size": 0}, "sample of 0"),
-        ({"vocab_size": 300, "sample_size": -5}, "sample of -5"),
-    ],
-)
-def test_wrong_training_arguments(arguments, words):
+@pytest.mark.parametrize("arguments, words", [
+    ({"vocab_size": 255}, "vocabulary of 255"),
+    ({"vocab_size": 257, "special_tokens": ["<a>", "<b>"]}, "no room"),
+    ({"vocab_size": 300, "special_tokens": ["<a>", "<a>"]}, "special token '<a>'"),
+    ({"vocab_size": 300, "special_tokens": ["a"]}, "special token 'a'"),
+    ({"vocab_size": 300, "special_tokens": [""]}, "special token ''"),
+    ({"vocab_size": 300, "special_tokens": [7]}, "special token 7"),
+    ({"vocab_size": 300, "special_tokens": "<a>"}, "special token '<'"),
+    ({"vocab_size": 300, "special_tokens": ["é"]}, "special token 'é'"),  # how a tokenizer.json spells byte 0xE9
+    ({"vocab_size": 300, "special_tokens": ["a\ud800"]}, "surrogate"),
+    ({"vocab_size": 300, "sample_size": 0}, "sample of 0"),
+    ({"vocab_size": 300, "sample_size": -5}, "sample of -5"),
+])
+def test_wrong_training_arguments_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
         BPETokenizer.train("some text", **arguments)
 
@@ -313,36 +313,59 @@ def test_wrong_training_arguments(arguments, words):
 # ---- encoding and decoding ----
 
 
-def test_encoding_agrees_with_slow_encoder(tokenizer, corpus):
+def test_encoding_agrees_with_naive_encode(tokenizer, corpus):
     rng = random.Random(4)
-    for text in [*VARIED, corpus[-3000:], *("".join(rng.choices("aehstou ", k=40)) for _ in range(50))]:
-        assert tokenizer.encode(text) == slow_encode(text, tokenizer.merges)
+    for text in [*VARIED, corpus[-2000:], *("".join(rng.choices("aehstou ", k=40)) for _ in range(30))]:
+        assert tokenizer.encode(text) == naive_encode(text, tokenizer.merges)
 
 
-def test_round_trip_under_fire(tokenizer, corpus):
+def test_encoding_agrees_with_the_golden_ids(tokenizer, golden):
+    for case in golden["texts"]:
+        text = "".join(case["chunks"])
+        assert tokenizer.encode(text) == case["ids"] and tokenizer.decode(case["ids"]) == text
+
+
+def test_special_tokens_agree_with_the_golden_ids(tokenizer, golden):
+    assert {case["ids"] is None for case in golden["special"]} == {True, False}
+    for case in golden["special"]:
+        if case["ids"] is None:
+            with pytest.raises(TokenizerError, match=r"special token '<\|end"):
+                tokenizer.encode(case["text"], case["allowed"], case["disallowed"])
+        else:
+            assert tokenizer.encode(case["text"], case["allowed"], case["disallowed"]) == case["ids"]
+
+
+def test_round_trip_of_any_text(tokenizer, corpus):
     rng = random.Random(5)
-    texts = [random_text(rng, rng.randrange(12)) for _ in range(10_000)]
+    texts = [random_text(rng, rng.randrange(12)) for _ in range(2000)]
     assert "" in texts and max(map(len, texts)) > 100
-    learned_from_them = BPETokenizer.train("".join(texts[:2000]), 700)
-    for trained in BPETokenizer.train("", 256), BPETokenizer.train(corpus, 300), tokenizer, learned_from_them:
+    learned_from_them = BPETokenizer.train("".join(texts[:1000]), 700)
+    for trained in BPETokenizer.train("", 256), tokenizer, learned_from_them:
         for text in texts:
             assert trained.decode(trained.encode(text)) == text
 
 
-def test_decoding_of_broken_utf8(tokenizer):
+def test_broken_utf8_is_decoded_as_far_as_possible(tokenizer):
     ids = list("é😀!".encode())[1:]
     assert tokenizer.decode(ids) == bytes(ids).decode(errors="replace") == "\ufffd😀!"
     assert tokenizer.decode_bytes(ids) == bytes(ids)
+    assert tokenizer.decode([]) == "" and tokenizer.decode_bytes([]) == b""
 
 
 @pytest.mark.parametrize("unknown", [-1, 1024, 10**30, np.int64(-7)])
 def test_unknown_ids_are_named(tokenizer, unknown):
-    for decode in tokenizer.decode, tokenizer.decode_bytes, lambda ids: list(tokenizer.decode_stream(ids)):
-        with pytest.raises(ValueError, match=rf"no token {int(unknown)}\b"):
+    for decode in tokenizer.decode, tokenizer.decode_bytes:
+        with pytest.raises(TokenizerError, match=rf"no token {int(unknown)}\b.* from 0 to 1023"):
             decode([65, unknown])
 
 
-def test_ids_of_numpy_and_torch(tokenizer):
+@pytest.mark.parametrize("wrong", [65.0, float("nan"), "A", None, np.float32(65), [65]])
+def test_what_is_no_integer_is_no_id(tokenizer, wrong):
+    with pytest.raises(TypeError):
+        tokenizer.decode([65, wrong])
+
+
+def test_ids_can_come_from_numpy_and_torch(tokenizer):
     text = "Hello, world"
     assert tokenizer.decode(tokenizer.encode_to_array(text)) == text
     assert tokenizer.decode(list(tokenizer.encode_to_array(text))) == text
@@ -351,28 +374,11 @@ def test_ids_of_numpy_and_torch(tokenizer):
     assert tokenizer.decode(torch.from_numpy(tokenizer.encode_to_array(text))) == text
 
 
-def test_stream_shows_characters_when_they_are_whole(tokenizer):
-    ids = tokenizer.encode("é😀 the")
-    assert list(tokenizer.decode_stream(iter(ids))) == ["é", "😀", " the"]
-    assert list(tokenizer.decode_stream(ids[:3])) == ["é", "\ufffd"]
-    rng = random.Random(6)
-    for _ in range(300):
-        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(20)]
-        assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
-
-
-def test_stream_takes_one_id_at_a_time(tokenizer):
-    taken = []
-    stream = tokenizer.decode_stream(taken.append(token) or token for token in tokenizer.encode("one two"))
-    next(stream)
-    assert len(taken) == 1
-
-
 def test_lone_surrogates_are_refused(tokenizer):
     for text in "\ud800", "ok \udfff ok":
-        with pytest.raises(ValueError, match="surrogates not allowed"):
+        with pytest.raises(ValueError, match="surrogate"):
             tokenizer.encode(text)
-        with pytest.raises(ValueError, match="surrogates not allowed"):
+        with pytest.raises(ValueError, match="surrogate"):
             BPETokenizer.train(text, 300)
 
 
@@ -381,16 +387,14 @@ def test_arrays_have_the_smallest_type():
     for merges, dtype in (0, np.uint8), (1, np.uint16):
         array = BPETokenizer.train(text, 256 + merges).encode_to_array(text)
         assert array.dtype == dtype and array.flags.writeable
-    many = [(i, j) for i in range(256) for j in range(256)]
     for size, dtype in (65536, np.uint16), (65537, np.uint32):
-        large = BPETokenizer.from_state(bpe_tokenizer.tokenizer_json(many[: size - 256], []))
-        array = large.encode_to_array(text)
-        assert large.vocab_size == size and array.dtype == dtype
-        assert large.decode(array) == text and array.tolist() == large.encode(text)
+        large = BPETokenizer("", [], {"<|end|>": size - 1}, {i: bytes([i % 256]) for i in range(size)})
+        array = large.encode_to_array(text + "<|end|>", allowed_special="all")
+        assert array.dtype == dtype and array.tolist() == [*text.encode(), size - 1]
 
 
-def test_array_equals_list(tokenizer, corpus):
-    for text in [*VARIED, corpus[:100_000], "a<|end|>b"]:
+def test_an_array_equals_the_list(tokenizer, corpus):
+    for text in [*VARIED, corpus[:50_000], "a<|end|>b"]:
         array = tokenizer.encode_to_array(text, allowed_special="all")
         assert array.dtype == np.uint16 and array.ndim == 1
         assert array.tolist() == tokenizer.encode(text, allowed_special="all")
@@ -398,19 +402,14 @@ def test_array_equals_list(tokenizer, corpus):
 
 def test_special_tokens_in_text(tokenizer):
     text, end = "a<|end|>b", tokenizer.special_tokens["<|end|>"]
-    plain = tokenizer.encode("a") + tokenizer.encode("<|end|>", disallowed_special=()) + tokenizer.encode("b")
-    assert end == 1022 and len(plain) > 3
+    plain = tokenizer.encode(text, disallowed_special=())
+    assert end == 1022 and end not in plain and tokenizer.decode(plain) == text
     for encode in tokenizer.encode, lambda *a, **k: tokenizer.encode_to_array(*a, **k).tolist():
-        with pytest.raises(ValueError, match=r"'<\|end\|>'"):
-            encode(text)
-        with pytest.raises(ValueError, match=r"'<\|end\|>'"):
-            encode(text, allowed_special={"<|endoftext|>"})
-        with pytest.raises(ValueError, match=r"'<\|end\|>'"):
-            encode(text, disallowed_special=["<|end|>"])
-        assert encode(text, disallowed_special=()) == tokenizer.encode("a<", disallowed_special=()) + plain[2:]
-        assert encode(text, disallowed_special={"<|endoftext|>"}) == encode(text, disallowed_special=())
-        assert encode(text, allowed_special="all") == [97, end, 98]
-        assert encode(text, allowed_special={"<|end|>"}) == [97, end, 98]
+        for refusing in {}, {"allowed_special": {"<|endoftext|>"}}, {"disallowed_special": ["<|end|>"]}:
+            with pytest.raises(TokenizerError, match=r"'<\|end\|>'"):
+                encode(text, **refusing)
+        assert encode(text, disallowed_special={"<|endoftext|>"}) == plain
+        assert encode(text, allowed_special="all") == encode(text, allowed_special={"<|end|>"}) == [97, end, 98]
         assert encode(text + "<|endoftext|>", allowed_special={"<|end|>"}, disallowed_special=())[:3] == [97, end, 98]
     assert tokenizer.decode([97, end, 98]) == text
 
@@ -420,63 +419,60 @@ def test_the_longest_special_token_wins():
     assert trained.encode("<|end|>x<|", allowed_special="all") == [257, 120, 256]
 
 
-def test_cache_is_bounded(tokenizer, monkeypatch, corpus):
+def test_the_cache_is_bounded(tokenizer, monkeypatch, corpus):
     monkeypatch.setattr(bpe_tokenizer, "CACHED_CHUNKS", 50)
     fresh = BPETokenizer.from_state(tokenizer.state())
-    sizes = []
-    for start in range(0, 20_000, 500):
-        text = corpus[start : start + 500]
-        assert fresh.encode(text) == tokenizer.encode(text)
-        sizes.append(len(fresh._chunks))
-    assert 25 < max(sizes) <= 50
-    fresh.encode("z" * 5000)
-    assert max(map(len, fresh._chunks)) <= 100
+    assert fresh.encode(corpus[:20_000]) == fresh.encode(corpus[:20_000]) == tokenizer.encode(corpus[:20_000])
+    assert len(fresh._chunks) == 50
+    fresh = BPETokenizer.from_state(tokenizer.state())
+    fresh.encode(f"{'y' * 100} {'z' * 5000}")
+    assert list(fresh._chunks) == ["y" * 100]
 
 
-def test_no_bar_outside_a_terminal(tokenizer, monkeypatch, capsys, corpus):
-    """Shown only if asked for, only on a terminal (disable=None) and only after a second (delay=1)."""
-    seen = []
-    real = bpe_tokenizer.tqdm
-    monkeypatch.setattr(bpe_tokenizer, "tqdm", lambda **settings: seen.append(settings) or real(**settings))
+def test_no_chunk_is_encoded_twice(tokenizer, corpus):
+    fresh = BPETokenizer.from_state(tokenizer.state())
+    first, second = (lines_run(fresh.encode, corpus[:5000]) for _ in range(2))
+    assert second < 50 < first / 100
+
+
+def test_a_bar_is_only_shown_where_it_is_asked_for(tokenizer, monkeypatch, capsys, corpus):
+    """And only on a terminal (disable=None), and only after a second (delay=1)."""
+    seen, updates = [], []
+
+    class Bar(bpe_tokenizer.tqdm):
+        def __init__(self, **settings):
+            seen.append(settings)
+            super().__init__(**settings)
+
+        def update(self, n):
+            updates.append(n)
+
+    monkeypatch.setattr(bpe_tokenizer, "tqdm", Bar)
     for progress in True, False:
-        tokenizer.encode_to_array(corpus[:1000], progress=progress)
-        BPETokenizer.train(corpus[:1000], 260, progress=progress)
+        tokenizer.encode_to_array(corpus[:40_000], progress=progress)
+        BPETokenizer.train(corpus[:40_000], 260, progress=progress)
     assert [settings["disable"] for settings in seen] == [None, None, True, True]
-    assert all(settings["delay"] == 1 and settings["total"] == 1000 for settings in seen)
+    assert [settings["desc"] for settings in seen] == ["encoding", "counting chunks", None, None]
+    assert all(settings["delay"] == 1 and settings["total"] == 40_000 for settings in seen)
+    assert sum(updates) == 4 * 40_000 and len(updates) == 4 * 3
     assert capsys.readouterr() == ("", "")
 
 
-HEAVY = """
-import os, random, re, time
-from bpe_tokenizer import BPETokenizer
-def peak():  # MB; ru_maxrss would count the process that started this one, too
-    if not os.path.exists("/proc/self/status"):
-        return 0
-    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1000
-text = open("input.txt").read()
-tokenizer = BPETokenizer.train(text, 4096)
-runs = BPETokenizer.train("a" * 5000, 256 + 12)
-letters, equal = "".join(random.Random(7).choices("etaoinshrdlu", k=1_000_000)), "a" * 1_000_000
-before, start = peak(), time.perf_counter()
-array = tokenizer.encode_to_array(letters)
-assert array.max() > 1000 and tokenizer.decode(array) == letters
-assert runs.decode(runs.encode_to_array(equal)) == equal and len(runs.encode_to_array(equal)) < 1000
-assert time.perf_counter() - start < 60, "this should take 2 seconds, and would take hours if it were quadratic"
-print(peak() - before)
-"""
+def test_work_grows_in_proportion_to_the_length_of_a_chunk(tokenizer):
+    """A linked list and a list of places do a fixed amount of work for each merge. Whatever searched the chunk again for
+    each merge would take thousands of steps for each letter of a chunk of 10,000, and hours for one of a million."""
+    letters = "".join(random.Random(7).choices("etaoinshrdlu", k=10_000))
+    runs = BPETokenizer.train("a" * 5000, 256 + 12)
+    for encoder, text, limit in (tokenizer, letters, 40), (runs, "a" * 10_000, 40):
+        assert lines_run(encoder.encode, text) < limit * len(text)
+    assert runs.decode(runs.encode("a" * 10_000)) == "a" * 10_000 and len(runs.encode("a" * 10_000)) < 10
+    few, many = (lines_run(bpe_tokenizer.learn_merges, {letters: 1}, merges) for merges in (200, 400))
+    assert few < 40 * len(letters) and many < 1.5 * few  # later merges are of rarer pairs
 
 
-def test_chunks_of_a_million_letters():
-    done = subprocess.run([sys.executable, "-c", HEAVY], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 200
-
-
-def test_memory_of_encoding_a_large_text(tokenizer, corpus):
-    import tracemalloc
-
-    text = corpus * 3
-    tokenizer.encode_to_array(corpus)  # the chunks are seen once
+def test_memory_for_encoding_is_little_more_than_the_array(tokenizer, corpus):
+    text = corpus[:500_000]
+    tokenizer.encode_to_array(text)  # fills the cache
     tracemalloc.start()
     try:
         array = tokenizer.encode_to_array(text)
@@ -484,7 +480,7 @@ def test_memory_of_encoding_a_large_text(tokenizer, corpus):
     finally:
         tracemalloc.stop()
     assert len(array) > len(text) / 3
-    assert peak < array.nbytes + 3_000_000  # a list of the ids would have 8 bytes each, and the ids as much again
+    assert peak < array.nbytes + 1_500_000  # a list of the ids alone would take 1.5 MB, one of the chunks 10 MB
 
 
 # ---- files ----
@@ -512,43 +508,61 @@ def test_save_and_load(tokenizer, tmp_path, corpus):
 
 def test_the_file_says_what_others_need(tokenizer):
     content = json.loads(tokenizer.state())
-    assert content["pre_tokenizer"]["type"] == content["decoder"]["type"] == "ByteLevel"
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    assert content["pre_tokenizer"] == content["decoder"] == byte_level and content["version"] == "1.0"
     vocab = content["model"]["vocab"]
     assert sorted(vocab.values()) == list(range(1024)) and vocab["Ġ"] == 32 and vocab["Ċ"] == 10 and vocab["Ġt"] == 256
-    assert content["model"]["merges"][0] == "Ġ t"
-    assert [(token["content"], token["id"]) for token in content["added_tokens"]] == [
-        ("<|end|>", 1022), ("<|endoftext|>", 1023)
-    ]
+    assert content["model"]["merges"][0] == "Ġ t" and content["model"]["type"] == "BPE"
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    assert content["added_tokens"] == [{"id": 1022, "content": "<|end|>", **flags},
+                                       {"id": 1023, "content": "<|endoftext|>", **flags}]
 
 
 def test_ids_of_another_order(tmp_path):
     """As in GPT-2's own file, a byte's id is not the byte."""
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps(small_json()), encoding="utf-8")
-    loaded, vocab = BPETokenizer.load(path), small_json()["model"]["vocab"]
-    pieces = ["Ġthe", "Ġ", "s", "ou", "Ġt", "he", "n", "<|end|>", "Ã", "©"]
+    path, content = tmp_path / "other.json", small_json()
+    path.write_text(json.dumps(content), encoding="utf-8")
+    loaded, vocab = BPETokenizer.load(path), content["model"]["vocab"]
     text = " the sou then<|end|>é"
-    ids = [vocab[piece] for piece in ["Ġthe", "Ġ", "s", "ou", "Ġthe", "n", "<|end|>", "Ã", "©"]]
-    assert set(pieces) <= set(vocab) and vocab["Ġ"] != 32
-    assert loaded.encode(text, allowed_special="all") == ids
-    assert loaded.decode(ids) == text
-    assert loaded.merges == [(vocab[a], vocab[b]) for a, b in small_json()["model"]["merges"]]
+    ids = [vocab[token] for token in ["Ġthe", "Ġ", "s", "ou", "Ġthe", "n", "<|end|>", "Ã", "©"]]
+    assert vocab["Ġ"] != 32
+    assert loaded.encode(text, allowed_special="all") == ids and loaded.decode(ids) == text
+    assert loaded.merges == [(vocab[a], vocab[b]) for a, b in content["model"]["merges"]]
     assert loaded.vocab_size == 261 and loaded.special_tokens == {"<|end|>": 257}
     ranks = loaded.mergeable_ranks()
-    assert ranks[b" the"] == 259 and ranks[b" "] == vocab["Ġ"] and len(ranks) == 260
+    assert ranks[b" the"] == 259 and ranks[b" "] == vocab["Ġ"] and len(ranks) == 260 and 257 not in ranks.values()
     loaded.save(path)
     assert BPETokenizer.load(path).encode(text, allowed_special="all") == ids
 
 
-def test_older_files(tmp_path):
-    """Merges as one text each, no type of the model, no use_regex: all of this is in GPT-2's own file."""
+def test_older_files():
+    """Each merge one text, no type of the model, no use_regex: all of this is in GPT-2's own file."""
     content = small_json(model__merges=["Ġ t", "h e", "Ġt he", "o u"])
     for name in "type", "byte_fallback", "ignore_merges":
         del content["model"][name]
     for name in "pre_tokenizer", "post_processor", "decoder":
         del content[name]["use_regex"]
-    old, new = (BPETokenizer.from_state(json.dumps(c)) for c in (content, small_json()))
+    old, new = from_content(content), from_content(small_json())
     assert old.merges == new.merges and old.encode(" the sou") == new.encode(" the sou")
+    assert from_content(small_json(post_processor=None, decoder=None, added_tokens=None)).special_tokens == {}
+
+
+# Tokens that no merge makes, and their bytes. If all characters are byte symbols, they spell the bytes; else it is text.
+EXTRA = {"<|endoftext|>": b"<|endoftext|>", "Ġéx": b" \xe9x", "Ã©": "é".encode(), "日本": "日本".encode(),
+         "Ġ日": "Ġ日".encode(), "a b": b"a b", "": b""}
+
+
+def test_tokens_that_no_merge_makes_are_decoded_but_never_encoded():
+    """GPT-2's vocabulary, saved by ByteLevelBPETokenizer, has <|endoftext|> in this way: it is no added token there."""
+    plain, loaded = from_content(small_json()), from_content(small_json(extra=EXTRA))
+    assert loaded.vocab_size == 261 + len(EXTRA) and loaded.special_tokens == {"<|end|>": 257}
+    assert [loaded.decode_bytes([token]) for token in range(261, loaded.vocab_size)] == list(EXTRA.values())
+    for text in [*VARIED, *EXTRA, "the<|endoftext|>end a b Ġ日本"]:
+        assert loaded.encode(text) == plain.encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.mergeable_ranks() == plain.mergeable_ranks()
+    again = BPETokenizer.from_state(loaded.state())
+    assert again.vocab_size == loaded.vocab_size and again.decode([261, 264]) == "<|endoftext|>日本"
 
 
 def entry(**changes):
@@ -557,7 +571,7 @@ def entry(**changes):
 
 def vocab(**changes):
     changed = {**small_json()["model"]["vocab"], **changes}
-    return {piece: id for piece, id in changed.items() if id != "removed"}
+    return {token: i for token, i in changed.items() if i != "removed"}
 
 
 SPECIAL = r"special token '<\|end\|>'"
@@ -571,8 +585,9 @@ DAMAGED = [
     ("pre_tokenizer {}", small_json(pre_tokenizer={})),
     ("Whitespace", small_json(pre_tokenizer={"type": "Whitespace"})),
     ("Sequence", small_json(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}]})),
-    ("add_prefix_space True", small_json(pre_tokenizer__add_prefix_space=True)),
-    ("use_regex", small_json(pre_tokenizer__use_regex=False)),
+    ("pre_tokenizer with trimming", small_json(pre_tokenizer__trimming=True)),
+    ("add_prefix_space must be false", small_json(pre_tokenizer__add_prefix_space=True)),
+    ("use_regex must be true", small_json(pre_tokenizer__use_regex=False)),
     ("post_processor", small_json(post_processor={"type": "TemplateProcessing", "single": []})),
     ("decoder", small_json(decoder={"type": "WordPiece"})),
     ("model None", small_json(model=None)),
@@ -591,13 +606,16 @@ DAMAGED = [
     ("added token 'x'", small_json(added_tokens=["x"])),
     (SPECIAL, small_json(added_tokens=[entry(id=5)])),
     (SPECIAL, small_json(added_tokens=[entry(), entry()])),
-    ("special token '<new>' has no id", small_json(added_tokens=[entry(content="<new>", id=None)])),
-    ("special token '<new>' has no id", small_json(added_tokens=[entry(content="<new>", id=True)])),
+    ("special token '<new>' .* has no id", small_json(added_tokens=[entry(content="<new>", id=None)])),
+    ("special token '<new>' .* has no id", small_json(added_tokens=[entry(content="<new>", id=True)])),
     ("special token '<new>' .* shares", small_json(added_tokens=[entry(content="<new>", id=258)])),
+    ("special token '<new>'", small_json(added_tokens=[entry(), entry(content="<new>", id=261.0)])),
     ("special token 'he' .* shares", small_json(added_tokens=[entry(content="he", id=258)])),
-    ("special token 'a': under two bytes", small_json(added_tokens=[entry(content="a", id=261)])),
+    ("special token 'a' .* shares", small_json(added_tokens=[entry(content="a", id=261)])),
+    ("special token '' is empty", small_json(added_tokens=[entry(content="", id=261)])),
     ("special token None", small_json(added_tokens=[entry(content=None)])),
-    ("surrogates", small_json(added_tokens=[entry(content="<\ud800>", id=261)])),
+    ("special token 5", small_json(added_tokens=[entry(content=5)])),
+    ("surrogate", small_json(added_tokens=[entry(content="<\ud800>", id=261)])),
     # vocab and merges
     ("wrong type", small_json(model__vocab=["a", "b"])),
     ("wrong type", small_json(model__vocab=vocab(he="258"))),
@@ -606,13 +624,17 @@ DAMAGED = [
     ("wrong type", small_json(model__merges={})),
     ("wrong type", small_json(added_tokens={"a": 1})),
     ("256 bytes", small_json(model__vocab=vocab(a="removed"))),
-    ("gaps", small_json(model__vocab=vocab(ou=270))),
-    ("gaps", small_json(model__vocab=vocab(ou=-1))),
+    ("261 tokens, but", small_json(model__vocab=vocab(ou=270))),
+    ("261 tokens, but", small_json(model__vocab=vocab(ou=-1))),
+    ("261 tokens, but", small_json(model__vocab=vocab(ou=10**4000))),
+    ("262 tokens, but", small_json(model__vocab=vocab(xyz=262))),
+    ("262 tokens, but", small_json(model__vocab=vocab(xyz=258))),
+    ("surrogate", small_json(model__vocab={**vocab(), "<\ud800>": 261})),
     (r"merge \['o', 'u'\]", small_json(model__vocab=vocab(ou=3))),
-    ("no merge makes", small_json(model__vocab=vocab(xyz=261))),
     (r"merge \['q', 'zz'\]", small_json(model__merges=[["q", "zz"]])),
     (r"merge \['h', 'e'\]", small_json(model__vocab=vocab(he="removed", zz=258))),
     (r"merge \['Ġt', 'he'\]", small_json(model__merges=[["Ġt", "he"], ["Ġ", "t"], ["h", "e"], ["o", "u"]])),
+    (r"merge \['Ġ', 'the'\]", small_json(extra=["the"], model__merges=[["Ġ", "t"], ["h", "e"], ["Ġ", "the"]])),
     (r"merge \['o', 'u'\]", small_json(model__merges=[*small_json()["model"]["merges"], ["o", "u"]])),
     (r"merge \['o', 'u', 'r'\]", small_json(model__merges=[["o", "u", "r"]])),
     ("merge 'o  u'", small_json(model__merges=["o  u"])),
@@ -628,36 +650,35 @@ DAMAGED = [
 
 @pytest.mark.parametrize("words, content", DAMAGED, ids=[f"{i}-{words}" for i, (words, _) in enumerate(DAMAGED)])
 def test_damaged_and_foreign_files_are_refused_by_name(words, content, tmp_path):
-    text = json.dumps(content)
-    (tmp_path / "damaged.json").write_text(text, encoding="utf-8")
-    for make, source in (BPETokenizer.load, tmp_path / "damaged.json"), (BPETokenizer.from_state, text):
-        with pytest.raises(ValueError, match=words) as raised:
-            make(source)
-        assert "\n" not in str(raised.value) and len(str(raised.value)) < 250
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (b"", "not JSON"),
-        (b"\x80\x04\x95pickle", "not JSON"),
-        (b"\xff\xfe\x00\x00", "not JSON"),
-        (json.dumps(small_json()).encode()[:-100], "not JSON"),
-        (b'{"model": ' + b"9" * 5000 + b"}", "not JSON|unsupported model"),
-        (b"[" * 100_000, "not JSON"),
-        (b'{"a":' * 100_000, "not JSON"),
-        (json.dumps(small_json()).encode() + b" " * 16_000_000, "16 MB"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else f"{value[:8]}",
-)
-def test_hostile_files_are_refused(content, words, tmp_path):
-    (tmp_path / "hostile.json").write_bytes(content)
+    path, text = tmp_path / "damaged.json", json.dumps(content)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        BPETokenizer.from_state(text)
     with pytest.raises(TokenizerError, match=words) as raised:
-        BPETokenizer.load(tmp_path / "hostile.json")
-    assert "\n" not in str(raised.value) and len(str(raised.value)) < 250
+        BPETokenizer.load(path)
+    assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
+    assert len(str(raised.value)) < len(str(path)) + 200
 
 
-@pytest.mark.parametrize("state", [None, 5, b"{}", {"model": {}}, "", "{}", "[]", "x" * 16_000_001])
+@pytest.mark.parametrize("content, words", [
+    (b"", "not JSON"),
+    (b"\x80\x04\x95pickle", "utf-8"),
+    (b"\xff\xfe\x00\x00", "utf-8"),
+    (json.dumps(small_json()).encode()[:-100], "not JSON"),
+    (b'{"model": ' + b"9" * 5000 + b"}", "not JSON|unsupported model"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"a":' * 100_000, "not JSON"),
+], ids=lambda value: value if isinstance(value, str) else f"{value[:8]}")
+def test_files_of_something_else_are_refused(content, words, tmp_path):
+    path = tmp_path / "else.json"
+    path.write_bytes(content)
+    with pytest.raises(TokenizerError, match=words) as raised:
+        BPETokenizer.load(path)
+    assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
+    assert len(str(raised.value)) < len(str(path)) + 200
+
+
+@pytest.mark.parametrize("state", [None, 5, b"{}", {"model": {}}, "", "{}", "[]"])
 def test_damaged_states_are_refused(state):
     with pytest.raises(TokenizerError):
         BPETokenizer.from_state(state)
@@ -665,9 +686,9 @@ def test_damaged_states_are_refused(state):
 
 def test_random_damage_gives_an_error_or_a_whole_tokenizer():
     rng = random.Random(8)
-    good = json.dumps(small_json())
+    good = json.dumps(small_json(extra=["<|more|>"]))
     accepted = 0
-    for _ in range(1500):
+    for _ in range(1000):
         text = list(good)
         for _ in range(rng.randrange(1, 4)):
             place = rng.randrange(len(text))
@@ -678,13 +699,14 @@ def test_random_damage_gives_an_error_or_a_whole_tokenizer():
             continue
         accepted += 1
         assert loaded.decode(loaded.encode("all of the sound é")) == "all of the sound é"
-    assert accepted < 500
+        assert len(loaded.decode(range(loaded.vocab_size))) > 256
+    assert accepted < 350
 
 
 def test_ranks_that_tiktoken_could_not_use():
     content = small_json(model__merges=[["o", "u"], ["Ġ", "t"], ["h", "e"], ["Ġt", "he"]])
-    with pytest.raises(ValueError, match="tiktoken"):
-        BPETokenizer.from_state(json.dumps(content)).mergeable_ranks()
+    with pytest.raises(TokenizerError, match="tiktoken"):
+        from_content(content).mergeable_ranks()
 
 
 @pytest.mark.parametrize("method", ["write_text", "replace"])
@@ -707,35 +729,40 @@ def test_a_failed_save_keeps_the_old_file(tokenizer, tmp_path, monkeypatch, meth
 # ---- the other libraries, where they are installed ----
 
 
-def test_rustbpe_learns_the_same(tokenizer, corpus):
+def test_regex_splits_the_same(corpus):
+    pattern = pytest.importorskip("regex").compile(GPT2_PATTERN)
+    assigned = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+    text = "\n".join([*VARIED, corpus, *(f"a{c}1{c} {c}!{c} a  {c}" for c in assigned[::3])])
+    assert next((pair for pair in zip(split(text), pattern.findall(text)) if pair[0] != pair[1]), None) is None
+
+
+def test_rustbpe_learns_the_same(corpus):
     rustbpe = pytest.importorskip("rustbpe")
-    for text, vocab_size in (corpus, 1022), (corpus[:100_000], 3000), ("\n".join(VARIED), 400):
+    for text, vocab_size in (corpus[:300_000], 1022), (corpus[:50_000], 3000), ("\n".join(VARIED), 400):
         theirs = rustbpe.Tokenizer()
         theirs.train_from_iterator([text], vocab_size, pattern=GPT2_PATTERN)
         ours = BPETokenizer.train(text, vocab_size)
         assert {bytes(token): rank for token, rank in theirs.get_mergeable_ranks()} == ours.mergeable_ranks()
 
 
+def encode_or_refuse(encode, text, allowed, disallowed):
+    """The ids, or None if a special token is disallowed: what tiktoken and we do in the same way."""
+    try:
+        return encode(text, allowed_special=allowed, disallowed_special=disallowed)
+    except ValueError:
+        return None
+
+
 def test_tiktoken_encodes_the_same(tokenizer, corpus):
-    tiktoken = pytest.importorskip("tiktoken")
-    theirs = tiktoken.Encoding(
-        "ours", pat_str=GPT2_PATTERN, mergeable_ranks=tokenizer.mergeable_ranks(), special_tokens=tokenizer.special_tokens
-    )
+    theirs = pytest.importorskip("tiktoken").Encoding(
+        "ours", pat_str=GPT2_PATTERN, mergeable_ranks=tokenizer.mergeable_ranks(), special_tokens=tokenizer.special_tokens)
     rng = random.Random(9)
-    texts = [*VARIED, corpus, *(random_text(rng, rng.randrange(15)) for _ in range(500))]
-    for text in texts:
+    for text in [*VARIED, corpus, *(random_text(rng, rng.randrange(15)) for _ in range(300))]:
         assert tokenizer.encode(text) == theirs.encode(text)
-    pieces = ["<|end|>", "<|endoftext|>", "<|end", "|>", " ", "the", "\n"]
-    choices = [set(), "all", {"<|end|>"}, {"<|endoftext|>"}]
-    for text in ("".join(rng.choices(pieces, k=4)) for _ in range(100)):
-        for allowed, disallowed in itertools.product(choices, choices):
-            results = []
-            for encode in tokenizer.encode, theirs.encode:
-                try:
-                    results.append(encode(text, allowed_special=allowed, disallowed_special=disallowed))
-                except ValueError:
-                    results.append("refused")
-            assert results[0] == results[1], (text, allowed, disallowed)
+    pieces, choices = [*SPECIAL_TOKENS, "<|end", "|>", " ", "the", "\n"], [set(), "all", {"<|end|>"}, {"<|endoftext|>"}]
+    for text in ("".join(rng.choices(pieces, k=4)) for _ in range(50)):
+        for choice in itertools.product(choices, choices):
+            assert encode_or_refuse(tokenizer.encode, text, *choice) == encode_or_refuse(theirs.encode, text, *choice)
 
 
 def test_tokenizers_reads_our_file(tokenizer, corpus, tmp_path):
@@ -743,13 +770,11 @@ def test_tokenizers_reads_our_file(tokenizer, corpus, tmp_path):
     tokenizer.save(tmp_path / "ours.json")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "ours.json"))
     rng = random.Random(10)
-    pieces = ["<|end|>", "<|endoftext|>", "<|end", "|>", " ", "the", "\n", "é", "  "]
-    texts = [*VARIED, corpus, *(random_text(rng, rng.randrange(15)) for _ in range(500))]
-    texts += ["".join(rng.choices(pieces, k=6)) for _ in range(300)]
-    for text in texts:
+    pieces = [*SPECIAL_TOKENS, "<|end", "|>", " ", "the", "\n", "é", "  "]
+    texts = [*VARIED, corpus[:200_000], *(random_text(rng, rng.randrange(15)) for _ in range(300))]
+    for text in [*texts, *("".join(rng.choices(pieces, k=6)) for _ in range(100))]:
         ids = tokenizer.encode(text, allowed_special="all")
-        assert theirs.encode(text).ids == ids
-        assert theirs.decode(ids, skip_special_tokens=False) == text
+        assert theirs.encode(text).ids == ids and theirs.decode(ids, skip_special_tokens=False) == text
     assert theirs.get_vocab_size() == tokenizer.vocab_size
     assert theirs.token_to_id("<|end|>") == tokenizer.special_tokens["<|end|>"]
 
@@ -759,91 +784,129 @@ def test_we_read_the_file_of_tokenizers(corpus):
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=["<unk>", "<|end|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    theirs.train_from_iterator([corpus], trainer)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<|end|>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    theirs.train_from_iterator([corpus[:200_000]], trainer)
     ours = BPETokenizer.from_state(theirs.to_str())
     assert ours.special_tokens == {"<unk>": 0, "<|end|>": 1}
     rng = random.Random(11)
-    texts = [*VARIED, corpus, "a<|end|>b", *(random_text(rng, rng.randrange(15)) for _ in range(500))]
-    for text in texts:
+    for text in [*VARIED, corpus[:200_000], "a<|end|>b", *(random_text(rng, rng.randrange(15)) for _ in range(300))]:
         assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
-    # The merges it learns are ours; only ties differ in their order, for its ids number the bytes in another way.
-    learned = {tuple(ours.decode_bytes([token]) for token in pair) for pair in ours.merges}
-    own = BPETokenizer.train(corpus, 1022)
-    assert learned == {tuple(own.decode_bytes([token]) for token in pair) for pair in own.merges}
 
 
 def test_tokenizers_reads_the_small_file_as_we_do():
     tokenizers = pytest.importorskip("tokenizers")
-    theirs, ours = (read(json.dumps(small_json())) for read in (tokenizers.Tokenizer.from_str, BPETokenizer.from_state))
-    for text in [*VARIED, " the sou then<|end|>é"]:
-        assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
+    for extra in (), EXTRA:
+        content = small_json(extra=extra)
+        theirs, ours = tokenizers.Tokenizer.from_str(json.dumps(content)), from_content(content)
+        for text in [*VARIED, *EXTRA, " the sou then<|end|>é"]:
+            assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
+        for token in range(ours.vocab_size):
+            assert ours.decode([token]) == theirs.decode([token], skip_special_tokens=False)
+
+
+def test_we_read_what_byte_level_bpe_tokenizer_saves(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    content = small_json(extra=EXTRA)["model"]
+    (tmp_path / "encoder.json").write_text(json.dumps(content["vocab"]), encoding="utf-8")
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(map(" ".join, content["merges"])), encoding="utf-8")
+    theirs = tokenizers.ByteLevelBPETokenizer(str(tmp_path / "encoder.json"), str(tmp_path / "vocab.bpe"))
+    theirs.save(str(tmp_path / "saved.json"))
+    ours = BPETokenizer.load(tmp_path / "saved.json")
+    assert ours.special_tokens == {} and ours.vocab_size == theirs.get_vocab_size()
+    for text in [*VARIED, *EXTRA, " the sou then<|endoftext|>é"]:
+        assert ours.encode(text) == theirs.encode(text).ids
+    for token in range(ours.vocab_size):
+        assert ours.decode([token]) == theirs.decode([token], skip_special_tokens=False)
 
 
 # ---- the command line ----
 
 
-def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, ROOT / "bpe_tokenizer.py", *map(str, arguments)], capture_output=True, text=True,
-        encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"}, **options,
-    )
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """A function that runs the command line in a folder with a few files: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some text to learn from", encoding="utf-8")
+    Path("latin1.txt").write_bytes("a café".encode("latin-1"))
+    Path("folder").mkdir()
+
+    def run(*arguments):
+        status = 0
+        try:
+            bpe_tokenizer.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
-def test_command_line(tmp_path, corpus):
-    (tmp_path / "text.txt").write_text(corpus[:50_000], encoding="utf-8")
-    output = tmp_path / "bpe.json"
-    done = command(tmp_path / "text.txt", "--vocab-size", 500, "--output", output, "--special-token", "<|end|>",
-                   "--special-token", "<|user|>", "--sample-size", 40_000, "--allowed-chars", "abcdefghijklmnopqrstuvwxyz ")
-    assert done.returncode == 0 and done.stderr == ""
-    assert "vocabulary of 500 tokens" in done.stdout and "bytes per token" in done.stdout and "' the'" in done.stdout
-    loaded = BPETokenizer.load(output)
-    letters = "abcdefghijklmnopqrstuvwxyz "
-    same = BPETokenizer.train(corpus[:40_000], 500, special_tokens=["<|end|>", "<|user|>"], allowed_chars=letters)
-    assert loaded.merges == same.merges and loaded.special_tokens == {"<|end|>": 498, "<|user|>": 499}
-    done = command("--load", output, "--encode", "the é<|end|>")
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert [int(row[0]) for row in rows] == loaded.encode("the é<|end|>", allowed_special="all")
-    assert "".join(row[-1] for row in rows[-3:]) == "c3a93e" and rows[-1][1] == "'<|end|>'"
-    assert done.returncode == 0 and done.stderr == ""
+def test_the_command_line_learns_and_shows(command, corpus):
+    text = "low lower lowest<|end|>" * 9 + "new newer"
+    Path("low.txt").write_text(text, encoding="utf-8")
+    learned = command("low.txt", "--vocab-size", 263, "--output", "bpe.json", "--special-token", "<|end|>",
+                      "--special-token", "<|user|>")
+    loaded = BPETokenizer.load("bpe.json")
+    assert loaded.merges == BPETokenizer.train(text, 263, special_tokens=["<|end|>", "<|user|>"]).merges
+    assert loaded.special_tokens == {"<|end|>": 261, "<|user|>": 262}
+    summary = command("--load", "bpe.json")
+    assert summary == (0, "vocabulary of 263 tokens: 256 bytes, 5 merges\nspecial tokens: <|end|> <|user|>\n"
+                          "first merges: 'lo' 'low' ' low' ' lowe' 'st'\n"
+                          "longest merges: ' lowe' ' low' 'low' 'lo'\n", "")
+    assert learned == (0, f"216 bytes are {len(loaded.encode(text, 'all'))} tokens\n" + summary[1], "")
+    status, out, err = command("--load", "bpe.json", "--encode", "low é<|end|>")
+    rows = [line.split() for line in out.splitlines()]
+    assert [int(row[0]) for row in rows] == loaded.encode("low é<|end|>", allowed_special="all")
+    assert "".join(row[-1] for row in rows[-3:]) == "c3a93e" and rows[-1][1] == "'<|end|>'" and (status, err) == (0, "")
+    assert command("text.txt", "--vocab-size", 256, "--encode", "a")[1].splitlines()[-1].split() == ["97", "'a'", "61"]
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ([], "name a text"),
-        (["missing.txt"], "missing.txt"),
-        (["text.txt", "--vocab-size", 100], "vocabulary of 100"),
-        (["text.txt", "--vocab-size", "many"], "--vocab-size"),
-        (["text.txt", "--sample-size", 0], "sample of 0"),
-        (["text.txt", "--special-token", "x"], "special token 'x'"),
-        (["text.txt", "--vocab-size", 260, "--output", "missing/bpe.json"], "missing"),
-        (["text.txt", "--output", "text.txt"], "not --output"),
-        (["text.txt", "--wrong-flag"], "--wrong-flag"),
-        (["latin1.txt"], "utf-8"),
-        (["--load", "missing.json"], "missing.json"),
-        (["--load", "text.txt", "--encode", "a"], "not JSON"),
-        (["text.txt", "--vocab-size", 260, "--encode", "a\udcff"], "surrogates"),
-    ],
-)
-def test_command_line_errors(arguments, words, tmp_path):
-    (tmp_path / "text.txt").write_text("some text to learn from", encoding="utf-8")
-    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
-    done = command(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("bpe_tokenizer.py: error: ") and done.stderr.count("\n") == 1 and words in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latin1.txt", "text.txt"]
-    assert (tmp_path / "text.txt").read_text(encoding="utf-8") == "some text to learn from"
+def test_the_summary_names_the_tokens_of_a_foreign_file(command):
+    Path("small.json").write_text(json.dumps(small_json(added_tokens=[])), encoding="utf-8")
+    status, out, err = command("--load", "small.json")
+    assert "special tokens: none\nfirst merges: ' t' 'he' ' the' 'ou'\nlongest merges: ' the' ' t' 'he' 'ou'\n" in out
 
 
-def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
-    (tmp_path / "text.txt").write_text("some text", encoding="utf-8")
+@pytest.mark.parametrize("arguments, message", [
+    ([], "name a text to learn from (not --output), or use --load"),
+    (["missing.txt"], "missing.txt: No such file or directory"),
+    (["folder"], "folder: Is a directory"),
+    (["latin1.txt"], "latin1.txt: 'utf-8' codec can't decode byte 0xe9 in position 5: unexpected end of data"),
+    (["text.txt", "--vocab-size", 100], "a vocabulary of 100 has no room for 256 bytes and the special tokens"),
+    (["text.txt", "--vocab-size", "many"], "argument --vocab-size: invalid int value: 'many'"),
+    (["text.txt", "--special-token", "x"],
+     "special token 'x' is empty, has no id, or shares its id or spelling with another token"),
+    (["text.txt", "--vocab-size", 260, "--output", "missing/bpe.json"], "missing/bpe.json: No such file or directory"),
+    (["text.txt", "--vocab-size", 260, "--output", "text.txt/bpe.json"], "text.txt/bpe.json: Not a directory"),
+    (["text.txt", "--vocab-size", 260, "--output", "folder"], "folder: Is a directory"),
+    (["text.txt", "--output", "text.txt"], "name a text to learn from (not --output), or use --load"),
+    (["text.txt", "--wrong-flag"], "unrecognized arguments: --wrong-flag"),
+    (["text.txt", "--vocab", "300"], "unrecognized arguments: --vocab 300"),
+    (["--load", "missing.json"], "missing.json: No such file or directory"),
+    (["--load", "text.txt"], "text.txt: not JSON: Expecting value: line 1 column 1 (char 0)"),
+    (["--load", "latin1.txt"], "latin1.txt: 'utf-8' codec can't decode byte 0xe9 in position 5: unexpected end of data"),
+    (["text.txt", "--vocab-size", 260, "--encode", "a\udcff"],
+     "'utf-8' codec can't encode character '\\udcff' in position 0: surrogates not allowed"),
+])
+def test_a_mistake_on_the_command_line_gets_one_line(command, arguments, message):
+    status, out, err = command(*arguments)
+    assert (status, err) == (2, f"bpe_tokenizer.py: error: {message}\n")
+    assert sorted(path.name for path in Path().iterdir()) == ["folder", "latin1.txt", "text.txt"]
+    assert Path("text.txt").read_text(encoding="utf-8") == "some text to learn from" and not list(Path("folder").iterdir())
+
+
+def test_the_program_runs_on_a_terminal_without_unicode(tmp_path):
+    (tmp_path / "text.txt").write_text("é é é", encoding="utf-8")
+    done = subprocess.run([sys.executable, ROOT / "bpe_tokenizer.py", "text.txt", "--vocab-size", "258"], text=True,
+                          cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == "" and "first merges: '?' ' ?'\n" in done.stdout
+
+
+def test_a_bug_shows_its_traceback(monkeypatch, command):
     monkeypatch.setattr(bpe_tokenizer, "learn_merges", lambda *a: [][0])
     with pytest.raises(IndexError):
-        bpe_tokenizer.main([str(tmp_path / "text.txt")])
+        command("text.txt")
 
 
 def test_the_file_keeps_its_budget():
