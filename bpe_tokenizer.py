@@ -24,19 +24,17 @@ the vocabulary is large enough. This is the whole algorithm:
 >>> naive_train(["low", " lower", " lowest"], 3)  # "l" + "o" is 256, "lo" + "w" is 257, " " + "low" is 258
 [(108, 111), (256, 119), (32, 257)]
 
-Tokens 0-255 are the bytes, the merge of rank r (0 is learned first) makes token 256 + r, and special tokens such as
-<|end|> come last. GPT-2's pattern splits a text into chunks: words with the space before them, numbers, punctuation and
-white space. No token crosses the border of a chunk. To encode a chunk is to replace the same pairs in the same order:
-" lows" becomes [258, 115].
+Tokens 0-255 are the bytes, merge number r (its rank, from 0) makes token 256 + r, and special tokens such as <|end|>
+come last. GPT-2's pattern splits a text into chunks: words with the space before them, numbers, punctuation and white
+space. No token crosses a chunk's border. The same replacements in the same order encode " lows" as [258, 115].
 
 The naive code counts all pairs again for each merge, which takes minutes for 1,000 merges of a megabyte. Below,
 `learn_merges` finds the same merges in a tenth of a second: it stores equal chunks once, with their count, and after a
 `merge` it corrects only the counts of the pairs beside it. `ChunkEncoder` keeps the ids of the chunks that it has
 encoded, because a text repeats its words.
 
-    python bpe_tokenizer.py input.txt --vocab-size 500 --output bpe.json     learn, and write a tokenizer.json
-    python bpe_tokenizer.py --load bpe.json                                  show what is in it
-    python bpe_tokenizer.py --load bpe.json --encode "some text"             show the tokens of a text
+    python bpe_tokenizer.py input.txt --vocab-size 500 --output bpe.json    learn, and write a tokenizer.json
+    python bpe_tokenizer.py --load bpe.json --encode "some text"            show tokens; without --encode, the vocabulary
 """
 import argparse
 import heapq
@@ -54,6 +52,7 @@ from tqdm import tqdm
 
 CACHED_CHUNKS = 1 << 16  # an English book has some ten thousand different chunks
 END = -1                 # in a list of ids: the end of a chunk, or a token that was merged into the one before it
+
 # GPT-2's '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ for ASCII text. Words come first and
 # are ` x+|x+` instead of ` ?x+`, because most chunks are words and `re` finds them faster in this way.
 PATTERN = re.compile(r" [A-Za-z]+|[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[^\sA-Za-z0-9]+| ?[0-9]+|\s+(?!\S)|\s+", re.ASCII)
@@ -101,8 +100,8 @@ def split_text(text, special_tokens=(), progress=None):
 def merge(pair, token, places, ids, before, after):
     """Replace `pair` by `token` at those of `places` where it still stands; yield how the pairs beside it change.
 
-    The tokens are a linked list: before[p] and after[p] are the places of the neighbors of place p. To delete from it
-    changes two numbers; to delete from a Python list moves all items that follow. With ids = [7, 1, 2, 8, END],
+    The tokens are a linked list: before[p] and after[p] are the places of the neighbors of place p. Deleting from it
+    changes two numbers; deleting from a Python list moves all items that follow. With ids = [7, 1, 2, 8, END],
     merge((1, 2), 9, [1], ...) leaves [7, 9, END, 8, END], after[1] = 3 and before[3] = 1, and yields
     (place, old pair, new pair): (0, (7, 1), (7, 9)) and (1, (2, 8), (9, 8))."""
     left, right = pair
@@ -122,14 +121,14 @@ def merge(pair, token, places, ids, before, after):
 def learn_merges(chunk_counts, how_many):
     """Learn up to `how_many` merges from {chunk: how often it occurs}; return [(left id, right id), ...] by rank.
 
-    A heap finds the most frequent pair without a look at all pairs. A count in the heap cannot be changed, so it may be
-    out of date; it is then too high, because pairs of older tokens only become rarer. A pair that comes out with an old
-    count is put back with its true count, and the first pair with a true count is the most frequent one."""
+    A heap finds the most frequent pair without looking at all pairs. A count in the heap cannot be changed, so it may
+    be out of date; it is then too high, because pairs of older tokens only become rarer. A pair that is popped with an
+    old count is pushed again with its true count, and the first pair with a true count is the most frequent one."""
     ids, weights = [], []  # all distinct chunks in one list; for each place, how often its chunk occurs
     for chunk, count in chunk_counts.items():
         ids += [*chunk.encode(), END]
         weights += [count] * (len(ids) - len(weights))
-    before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+    before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))  # at first, places p - 1 and p + 1
     counts, places = defaultdict(int), defaultdict(list)
     for place, pair in enumerate(zip(ids, ids[1:])):
         if END not in pair:
@@ -155,13 +154,13 @@ def learn_merges(chunk_counts, how_many):
 
 
 class ChunkEncoder(dict):
-    """A cache {chunk: its ids, as the bytes of a numpy array}. A chunk is encoded when it is first looked up."""
+    """A cache {chunk: its ids, packed as bytes because these join fast}. A chunk is encoded when it is first needed."""
 
     def __init__(self, ids, merges, packed_ids):
-        self.ids, self.merges, self.packed_ids = ids, merges, packed_ids  # ids: of the bytes, then of the merges
+        self.ids, self.merges, self.packed_ids = ids, merges, packed_ids  # ids: the bytes', then the merges'
         self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
 
-    def __missing__(self, chunk):
+    def __missing__(self, chunk):  # called by self[chunk] if the chunk is not there
         rank_of, places = self.rank_of, defaultdict(list)  # places: by rank, where that merge is possible
         ids = [self.ids[byte] for byte in chunk.encode()] + [END]
         before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
@@ -248,8 +247,8 @@ class BPETokenizer:
         special = self.special_tokens.keys()
         allowed = special if allowed_special == "all" else special & allowed_special
         for token in special - allowed if disallowed_special == "all" else disallowed_special:
-            require(token not in text, f"the text holds the special token {token!r}, but allowed_special does not")
-        packed = bytearray()
+            require(token not in text, f"the text contains the special token {token!r}, which is not allowed")
+        packed = bytearray()  # not bytes, so that the array can be written to, as torch.from_numpy expects
         for part in split_text(text, allowed, "encoding" if progress else None):
             if isinstance(part, list):
                 packed += b"".join(map(self._chunks.__getitem__, part))
@@ -279,6 +278,7 @@ class BPETokenizer:
 
     def save(self, path):
         """Write a tokenizer.json. Raises OSError if that fails; what was there before is then still there."""
+        require(Path(path).is_file() or not Path(path).exists(), f"{path}: not a file that can be replaced")
         temporary = Path(f"{path}.{time.time_ns()}.tmp")
         try:
             temporary.write_text(self._state, encoding="utf-8")
@@ -296,8 +296,7 @@ class BPETokenizer:
 
     @classmethod
     def from_state(cls, state):
-        """The tokenizer whose `state()` this is. Raises TokenizerError if the text is damaged, or asks for more than
-        byte-level BPE with GPT-2's pattern."""
+        """The tokenizer whose `state()` this is. Raises TokenizerError if it is damaged or not BPE in GPT-2's way."""
         require(isinstance(state, str), "the state of a tokenizer is a string")
         try:
             file = json.loads(state)
@@ -308,8 +307,8 @@ class BPETokenizer:
         check_section("model", model, ["BPE", None], "type vocab merges unk_token fuse_unk")
         for name in "pre_tokenizer", "post_processor", "decoder":
             check_section(name, file.get(name) or split, ["ByteLevel"], "type trim_offsets use_regex add_prefix_space")
-        require(split.get("use_regex", True) and not split.get("add_prefix_space"),
-                "unsupported pre_tokenizer: use_regex must be true, and add_prefix_space must be false")
+        require(split.get("use_regex", True), "unsupported pre_tokenizer without use_regex")
+        require(not split.get("add_prefix_space"), "unsupported pre_tokenizer with add_prefix_space")
         vocab, rules = model.get("vocab"), model.get("merges")
         require(isinstance(vocab, dict) and isinstance(rules, list) and isinstance(added, list)
                 and all(type(token) is int for token in vocab.values()), "wrong type of vocab, merges or added_tokens")
@@ -353,7 +352,8 @@ def main(argv=None):
         if args.load:
             tokenizer = BPETokenizer.load(file)
         else:
-            require(file and file != args.output, "name a text to learn from (not --output), or use --load")
+            require(file and Path(file).resolve() != Path(args.output or "").resolve(),
+                    "name a text to learn from (not --output), or use --load")
             text = Path(file).read_bytes().decode()
             tokenizer = BPETokenizer.train(text, args.vocab_size, special_tokens=args.special_token, progress=True)
             tokens = tokenizer.encode_to_array(text, "all", progress=True)
