@@ -33,8 +33,8 @@ The naive code counts all pairs again for each merge, which takes minutes for 1,
 `merge` it corrects only the counts of the pairs beside it. `ChunkEncoder` keeps the ids of the chunks that it has
 encoded, because a text repeats its words.
 
-    python bpe_tokenizer.py input.txt --vocab-size 500 --output bpe.json    learn, and write a tokenizer.json
-    python bpe_tokenizer.py --load bpe.json --encode "some text"            show tokens; without --encode, the vocabulary
+    python bpe_tokenizer.py input.txt --vocab-size 500 --output bpe.json  learn, and write a tokenizer.json
+    python bpe_tokenizer.py --load bpe.json --encode "some text"          show tokens; without --encode, the vocabulary
 """
 import argparse
 import heapq
