@@ -40,9 +40,9 @@ import argparse
 import heapq
 import itertools
 import json
+import os
 import re
 import sys
-import time
 from collections import Counter, defaultdict
 from operator import index
 from pathlib import Path
@@ -238,8 +238,8 @@ class BPETokenizer:
         return cls.from_state(tokenizer_json(merges, special_tokens))
 
     def encode(self, text, allowed_special=(), disallowed_special="all"):
-        """Text to a list of ids. Both choices are "all" or a collection, with tiktoken's meaning: a special token in
-        the text becomes its id if allowed; else it raises TokenizerError if disallowed; else it is plain text."""
+        """Text to a list of ids. Both choices are "all" or a collection, as in tiktoken: a special token in the text is
+        its id if allowed, else a TokenizerError if disallowed, else text. A lone surrogate is a UnicodeEncodeError."""
         return self.encode_to_array(text, allowed_special, disallowed_special).tolist()
 
     def encode_to_array(self, text, allowed_special=(), disallowed_special="all", progress=False):
@@ -247,7 +247,7 @@ class BPETokenizer:
         special = self.special_tokens.keys()
         allowed = special if allowed_special == "all" else special & allowed_special
         for token in special - allowed if disallowed_special == "all" else disallowed_special:
-            require(token not in text, f"the text contains the special token {token!r}, which is not allowed")
+            require(token not in text, f"the special token {token!r} is in the text, but not in allowed_special")
         packed = bytearray()  # not bytes, so that the array can be written to, as torch.from_numpy expects
         for part in split_text(text, allowed, "encoding" if progress else None):
             if isinstance(part, list):
@@ -277,9 +277,10 @@ class BPETokenizer:
         return self._state
 
     def save(self, path):
-        """Write a tokenizer.json. Raises OSError if that fails; what was there before is then still there."""
+        """Write a tokenizer.json. If this raises OSError or TokenizerError, what was there before is still there."""
         require(Path(path).is_file() or not Path(path).exists(), f"{path}: not a file that can be replaced")
-        temporary = Path(f"{path}.{time.time_ns()}.tmp")
+        path = os.path.realpath(path)  # a link stays a link
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
         try:
             temporary.write_text(self._state, encoding="utf-8")
             temporary.replace(path)
@@ -296,7 +297,7 @@ class BPETokenizer:
 
     @classmethod
     def from_state(cls, state):
-        """The tokenizer whose `state()` this is. Raises TokenizerError if it is damaged or not BPE in GPT-2's way."""
+        """The tokenizer with this `state()`. Raises TokenizerError if it is damaged or not BPE as in GPT-2."""
         require(isinstance(state, str), "the state of a tokenizer is a string")
         try:
             file = json.loads(state)
@@ -305,19 +306,18 @@ class BPETokenizer:
         check_section("content", file, [None], "version added_tokens pre_tokenizer post_processor decoder model")
         model, split, added = file.get("model"), file.get("pre_tokenizer"), file.get("added_tokens") or []
         check_section("model", model, ["BPE", None], "type vocab merges unk_token fuse_unk")
-        for name in "pre_tokenizer", "post_processor", "decoder":
+        for name in "pre_tokenizer", "post_processor", "decoder":  # the last two can be missing
             check_section(name, file.get(name) or split, ["ByteLevel"], "type trim_offsets use_regex add_prefix_space")
-        require(split.get("use_regex", True), "unsupported pre_tokenizer without use_regex")
-        require(not split.get("add_prefix_space"), "unsupported pre_tokenizer with add_prefix_space")
+        require(split.get("use_regex", True) and not split.get("add_prefix_space"), f"unsupported {split!r:.99}")
         vocab, rules = model.get("vocab"), model.get("merges")
         require(isinstance(vocab, dict) and isinstance(rules, list) and isinstance(added, list)
                 and all(type(token) is int for token in vocab.values()), "wrong type of vocab, merges or added_tokens")
         require(vocab.keys() >= BYTE_OF.keys(), "some of the 256 bytes have no token")
         merges, special_tokens, bytes_of = [], {}, {vocab[symbol]: bytes([byte]) for symbol, byte in BYTE_OF.items()}
         for rule in rules:
-            pair = rule.split(" ") if isinstance(rule, str) else rule
-            is_pair = isinstance(pair, list) and list(map(type, pair)) == [str, str]
-            left, right, token = [vocab.get(part) for part in (*pair, "".join(pair))] if is_pair else [None] * 3
+            pair = rule.split(" ") if isinstance(rule, str) else rule  # "Ġ t" in older files, ["Ġ", "t"] in newer
+            require(isinstance(pair, list) and list(map(type, pair)) == [str, str], f"merge {rule!r:.60} is not a pair")
+            left, right, token = [vocab.get(part) for part in (*pair, "".join(pair))]
             require(left in bytes_of and right in bytes_of and token not in bytes_of and token is not None,
                     f"merge {rule!r:.60} does not make a new token of two older ones")
             merges.append((left, right))
@@ -352,7 +352,7 @@ def main(argv=None):
         if args.load:
             tokenizer = BPETokenizer.load(file)
         else:
-            require(file and Path(file).resolve() != Path(args.output or "").resolve(),
+            require(file and os.path.realpath(file) != os.path.realpath(args.output or ""),
                     "name a text to learn from (not --output), or use --load")
             text = Path(file).read_bytes().decode()
             tokenizer = BPETokenizer.train(text, args.vocab_size, special_tokens=args.special_token, progress=True)
