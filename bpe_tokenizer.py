@@ -207,8 +207,8 @@ def check_section(name, section, types, known):
 
 
 class BPETokenizer:
-    """Made by `train`, `load` or `from_state`. It has a `vocab_size`, which counts all tokens, the list of `merges`,
-    (left id, right id) by rank, and `special_tokens`, {text: id}."""
+    """Made by `train`, `load` or `from_state`. Its `vocab_size` counts all tokens; `merges` is a list of
+    (left id, right id) by rank; `special_tokens` is {text: id}."""
 
     def __init__(self, state, merges, special_tokens, bytes_of):
         """`bytes_of` is {id: bytes}, of the 256 bytes, then of the merges by rank, then of all other tokens."""
@@ -223,7 +223,7 @@ class BPETokenizer:
         """Learn a vocabulary of `vocab_size` tokens: 256 bytes, the special tokens, and merges for the rest.
         allowed_chars: learn only from chunks of these characters (name the space, too); any text can still be encoded.
         sample_size: learn only from so many characters at the beginning. progress: show a bar on a terminal.
-        A text with few pairs gives a smaller vocabulary. Raises TokenizerError if the arguments do not fit together."""
+        A text with few pairs gives a smaller vocabulary. Raises TokenizerError for a wrong size or special token."""
         cls.from_state(tokenizer_json([], special_tokens))  # refuses wrong ones before the long work
         how_many = vocab_size - 256 - len(special_tokens)
         require(how_many >= 0, f"a vocabulary of {vocab_size} has no room for 256 bytes and the special tokens")
@@ -238,8 +238,8 @@ class BPETokenizer:
         return cls.from_state(tokenizer_json(merges, special_tokens))
 
     def encode(self, text, allowed_special=(), disallowed_special="all"):
-        """Text to a list of ids. Both choices are "all" or a collection, as in tiktoken: a special token in the text is
-        its id if allowed, else a TokenizerError if disallowed, else text. A lone surrogate is a UnicodeEncodeError."""
+        """Text to a list of ids. The choices are "all" or a collection, as in tiktoken: a special token becomes its id
+        if allowed, else raises TokenizerError if disallowed, else is text. Lone surrogates raise UnicodeEncodeError."""
         return self.encode_to_array(text, allowed_special, disallowed_special).tolist()
 
     def encode_to_array(self, text, allowed_special=(), disallowed_special="all", progress=False):
@@ -370,7 +370,7 @@ def main(argv=None):
         for token in tokenizer.encode(args.encode or "", allowed_special="all"):
             print(f"{token:6}  {tokenizer.decode([token])!r:16} {tokenizer.decode_bytes([token]).hex(' ')}")
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"{file}: {getattr(error, 'strerror', error)}")
+        parser.error(f"{file}: {getattr(error, 'strerror', error)}")  # a UnicodeDecodeError has no strerror
     except (TokenizerError, UnicodeEncodeError) as error:
         parser.error(error)
 
