@@ -79,7 +79,7 @@ def write_tokenizer(hf, tokenizer, folder, longest):
         vocab = {tokenizer.decode([i]): i for i in range(tokenizer.vocab_size - 1)}
         vocab["<unknown>"] = len(vocab)
         characters = Tokenizer(models.BPE(vocab, [], unk_token="<unknown>"))
-        characters.decoder = decoders.Sequence([decoders.Replace("<unknown>", "\ufffd"), decoders.Fuse()])
+        characters.decoder = decoders.Replace("<unknown>", "\ufffd")
         text = characters.to_str()
     hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), model_max_length=longest,
                                clean_up_tokenization_spaces=False).save_pretrained(folder)
@@ -120,7 +120,7 @@ def main(argv=None):
         theirs.save_pretrained(args.folder)
         write_tokenizer(hf, tokenizer, args.folder, getattr(theirs.config, "max_seq_len", model.config.block_size))
     except ImportError as error:
-        PARSER.error(f"{error}; pip install transformers")
+        PARSER.error(f'{error}; pip install "transformers>=5"')
     except (OSError, safetensors.SafetensorError) as error:
         PARSER.error(f"{args.folder} cannot be written: {error}; name another folder")
     print(f"{args.folder}: {SCRIPTS[column]} as {ARCHITECTURES[column]}, logits differ by at most {difference:.1e}")
