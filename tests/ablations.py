@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 
 from tests.compare import ROOT, machine, mean_and_spread
+from tests.scaffold_bpe import ScaffoldBPE, train_scaffold_bpe
 
 
 # -- what takes the place of rotary positions in v2 --
@@ -87,6 +88,7 @@ def slopes_times(factor):
 NO_BPE = {"train_tokenizer": v1.train_tokenizer, "tokenizer_from_state": v1.tokenizer_from_state}
 NO_ROPE = {"LanguageModel": LearnedPositions, "rotate": unturned}
 NO_GELU = {"FeedForward": v1.FeedForward}
+SCAFFOLD = {"train_tokenizer": train_scaffold_bpe, "tokenizer_from_state": ScaffoldBPE}
 
 
 # {table: {row: (the program, what is replaced in it, further flags)}}
@@ -107,6 +109,12 @@ TABLES = {
         "1,024: v2": (v2, {}, []),
         "2,048": (v2, {}, ["--vocab-size", "2048"]),
         "4,096": (v2, {}, ["--vocab-size", "4096"]),
+    },
+    "scaffold": {
+        "1,024: plain BPE, v2": (v2, {}, []),
+        "1,024: Scaffold-BPE": (v2, SCAFFOLD, []),
+        "4,096: plain BPE": (v2, {}, ["--vocab-size", "4096"]),
+        "4,096: Scaffold-BPE": (v2, SCAFFOLD, ["--vocab-size", "4096"]),
     },
     "positions": {
         "none": (v2, {"LanguageModel": WithoutPositions, "rotate": unturned}, []),
