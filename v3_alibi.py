@@ -1,35 +1,33 @@
-"""v3: a transformer whose attention is penalised by distance (ALiBi).
+"""v3: a transformer whose attention scores fall with distance (ALiBi).
 
-One change since v2: queries and keys are no longer turned. Instead every score gets a penalty that grows with the
-distance between query and key, steeply in some heads (these look at what is near), gently in others (these look far).
-A penalty for a distance never met in training is only a larger number, so the model can read further than it was
-trained to, where turned queries and keys form angles that it has never seen.
+One idea is new since v2: queries and keys are no longer rotated. Instead, an attention bias lowers each score in
+proportion to the distance between query and key. Slopes are fixed and differ between heads: with a steep slope, a head
+looks at nearby tokens; with a gentle one, also at distant ones. A distance never seen in training only lowers the score
+further, so the model can read more text than in training, where RoPE meets new angles. This is MPT (MosaicML 2023).
 
+    python v3_alibi.py           train on input.txt, write runs/v3_alibi, print a sample
     python v3_alibi.py --help    every setting and flag
-    python v3_alibi.py           train on input.txt, write runs/v3_alibi, sample from it
 """
 import argparse
 import codecs
 import csv
+import ctypes
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import re
-import shlex
-import shutil
-import signal
 import sys
+import textwrap
 import time
-import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads soon sleep, else two runs at once crawl
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads soon sleep, so two runs share a CPU well
 
 import numpy as np
 import torch
@@ -45,57 +43,51 @@ from bpe_tokenizer import BPETokenizer
 class Config:
     """Every setting of a run; the comment beside a field is its --help text."""
 
-    block_size: int = 64  # context length: how many tokens the model is trained to read at once
-    vocab_size: int = 1024  # tokens: 256 bytes and the merges that BPE learns
-    n_layer: int = 4  # blocks, each of attention and feed-forward
+    block_size: int = 64  # context length: the number of tokens the model is trained to read at once
+    vocab_size: int = 1024  # number of tokens: 256 bytes and the merges that BPE learns
+    n_layer: int = 4  # number of blocks, each of attention and feed-forward
     n_head: int = 8  # attention heads in a block, each of n_embd / n_head channels
-    n_embd: int = 128  # channels: the width of the vectors that flow through the model
-    dropout: float = 0.0  # share of the numbers that training sets to zero at random, against overfitting
+    n_embd: int = 128  # channels: the size of the vector of a token
+    dropout: float = 0.0  # fraction of activations set to zero at random in training, to reduce overfitting
     batch_size: int = 12  # rows (of block_size tokens) in one step
     steps: int = 4000  # training steps
-    learning_rate: float = 4e-3  # highest learning rate, reached after the warm-up
-    warmup_steps: int = 100  # steps over which the learning rate rises to its highest
-    weight_decay: float = 0.5  # how strongly AdamW pulls matrices towards zero
-    grad_clip: float = 1.0  # longest gradient that a step takes whole; a longer one is cut to this length
-    eval_interval: int = 500  # steps between two evaluations, each of which also saves the run
+    learning_rate: float = 4e-3  # highest learning rate, reached at the end of the warm-up
+    warmup_steps: int = 100  # steps over which the learning rate rises
+    weight_decay: float = 0.5  # how strongly AdamW pulls weight matrices towards zero
+    grad_clip: float = 1.0  # the gradient is clipped to this norm
+    eval_interval: int = 500  # steps between evaluations, each of which also saves the run
     seed: int = 1337  # the same seed gives the same run
 
 
 def train_tokenizer(text, config):
-    """A tokenizer fitted to the training text."""
+    """Return a tokenizer trained on the training text."""
     if config.vocab_size < 256:
         raise UserError(f"--vocab-size {config.vocab_size} is too small: the 256 single bytes are always tokens")
     return BPETokenizer.train(text, config.vocab_size, progress=not RANK)
 
 
 def tokenizer_from_state(state):
-    """The tokenizer whose state() this is."""
+    """Return the tokenizer whose state() this is."""
     return BPETokenizer.from_state(state)
 
 
 def alibi_slopes(n_head):
-    """The penalty per token of distance, one for each head: 2^(-8h/H), h = 1..H, if H is a power of two. Otherwise
-    those of the next lower power of two P, then every second one of 2P's: 3 heads -> [1/16, 1/256, 1/4].
+    """Return how much each head lowers a score per token of distance: 2^(-8h/H) for head h = 1..H.
+
+    8 heads -> [1/2, 1/4, ..., 1/256]. If H is not a power of two, the authors' code takes the slopes for the next lower
+    power P and adds every second slope for 2P: 3 heads -> [1/16, 1/256, 1/4].
+    Press et al. 2022, "Train Short, Test Long", https://arxiv.org/abs/2108.12409
     """
     power = 2 ** int(math.log2(n_head))
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    between = [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power, 2)]
-    return slopes + between[:n_head - power]
-
-
-def attend(q, k, v, mask):
-    """For each query of q (B, H, T, D) the mean of v (B, H, S, D), weighted by softmax(q k / sqrt(D) + mask)."""
-    if not torch.is_autocast_enabled("cpu"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    with torch.autocast("cpu", enabled=False):  # PyTorch's bfloat16 attention trains slowly on a CPU
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    return slopes + [2 ** (-4 * h / power) for h in range(1, 2 * (n_head - power), 2)]
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position gathers what it needs from itself and the positions before it, in n_head ways at once.
+    """Every position takes a weighted mean of the values of itself and all positions before it, in each of H heads.
 
-    The query of a position is what it looks for, the key what it is found by, and the value what it hands over.
-    Shapes: B batch, T time (new tokens), S keys (also of earlier tokens), C channels, H heads, D = C / H.
+    A query says what a position looks for, a key what it offers, a value what it passes on. The better a query matches
+    a key, the larger the weight. A head is one such mean, on D = C / H channels; each can look for something else.
     Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
     """
 
@@ -103,26 +95,32 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise UserError(f"--n-embd {config.n_embd} cannot be divided among --n-head {config.n_head} heads")
-        self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # queries, keys and values of all heads
+        self.n_head, self.keep_weights = config.n_head, False  # if True, self.weights is kept for inspection
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # queries, keys, values of all heads in one
         self.projection = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, positions, cache=None):
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if cache is not None:  # put the keys and values of earlier tokens before the new ones
+    def forward(self, x, encoding, cache=None):
+        B, T, C = x.shape  # rows in the batch, tokens in a row, channels
+        H, D = self.n_head, C // self.n_head  # heads, channels of a head
+        q, k, v = self.qkv(x).split(C, dim=2)  # (B, T, C) each
+        q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D): @ below acts on the last two, for each row and head
+        k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+
+        if cache is not None:  # this layer's cached keys and values, then the new ones: S tokens
             if self in cache:
-                k, v = torch.cat((cache[self][0], k), dim=2), torch.cat((cache[self][1], v), dim=2)
+                k, v = torch.cat((cache[self][0], k), dim=2), torch.cat((cache[self][1], v), dim=2)  # (B, H, S, D)
             cache[self] = k, v
-        mask = positions  # causal, too: there what comes later is minus infinity
-        y = attend(q, k, v, mask)
-        if cache and "weights" in cache:  # for a look inside: with unit vectors as values, the mean is the weights
-            cache["weights"].append(attend(q, k, torch.eye(k.shape[2], device=k.device).expand(*k.shape[:3], -1), mask))
-        return self.projection(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
+        if self.keep_weights:  # v1's formula, for inspection: y is weights @ v
+            scores = q @ k.transpose(2, 3) / math.sqrt(D) + encoding  # (B, H, T, S)
+            self.weights = scores.softmax(dim=3)
+        with torch.autocast("cpu", enabled=False):  # on a CPU, PyTorch's attention is slow to train in bfloat16
+            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=encoding)  # (B, H, T, D)
+        return self.projection(y.transpose(1, 2).reshape(B, T, C))  # join the heads, then mix their results
 
 
 class FeedForward(nn.Module):
-    """Every position works on its own vector, in four times its width."""
+    """Two linear layers on each position alone, with a nonlinear function between, or they would act as one."""
 
     def __init__(self, config):
         super().__init__()
@@ -134,7 +132,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: each reads a normalised x (pre-LayerNorm) and adds what it found (residual)."""
+    """Attention and feed-forward, each added to x.
+
+    The sum (a residual connection) gives gradients a direct path to every layer, so that deep stacks can be trained.
+    LayerNorm brings each vector to mean 0 and variance 1: a layer's inputs keep one scale, however much x has grown.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -144,260 +146,227 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, positions, cache=None):
-        x = x + self.dropout(self.attention(self.norm_1(x), positions, cache))
+    def forward(self, x, encoding, cache=None):
+        x = x + self.dropout(self.attention(self.norm_1(x), encoding, cache))
         return x + self.dropout(self.feed_forward(self.norm_2(x)))
 
 
 class LanguageModel(nn.Module):
-    """Token ids become vectors, the blocks work on them, and the results are compared with every token's vector."""
+    """Embeddings of tokens, a stack of blocks, and an output layer that scores the next token."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
         self.config = config
-        self.max_context = math.inf  # tokens it can read at once: every distance has its penalty
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, bias=False)
-        self.register_buffer("slopes", torch.tensor(alibi_slopes(config.n_head))[:, None, None], persistent=False)
-        # As GPT-2 (Radford et al. 2019): every block adds two projections to x, and these start smaller than the rest.
+        self.register_buffer("slopes", torch.tensor(alibi_slopes(config.n_head)).view(-1, 1, 1), persistent=False)
+        # GPT-2's initialization. N = 2 * n_layer projections add to x, and the sum of N independent outputs grows with
+        # sqrt(N). Dividing their weights by it makes the size of x before training independent of the depth.
         for name, weight in self.named_parameters():
-            if weight.dim() > 1:
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer if "projection" in name else 1))
+            if name.endswith("projection.weight"):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02)
 
-    def positions(self, start, end):
-        """What is added to the scores of the queries from start to end, (1, H, T, S): minus slope times distance for
-        keys before, minus infinity (causal: hidden) for keys after. Press et al. 2022, "Train Short, Test Long",
-        https://arxiv.org/abs/2108.12409"""
+    def positional_encoding(self, start, end):
+        """Return the attention bias of queries start to end, (1, H, T, S): -slope * distance; -inf hides later keys."""
         keys = torch.arange(end, device=self.slopes.device)
         distance = keys[start:, None] - keys  # (T, S)
-        return (-self.slopes * distance).masked_fill(distance < 0, -math.inf)[None]
+        return (-self.slopes * distance).masked_fill(distance < 0, -math.inf)[None]  # (H, 1, 1) * (T, S) -> (H, T, S)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) of token ids -> logits (B, T, V), scores for each next token of which softmax makes probabilities,
-        and the mean loss in nats if targets (B, T) are given. B rows, T tokens, V tokens in the vocabulary.
-
-        cache is a dict, at first empty, in which the model keeps the keys and values of what it has read; if it has a
-        list "weights", every layer appends its attention weights (B, H, T, S).
-        """
-        start = cache.get("length", 0) if cache else 0
+        """Return scores (logits) for the token after each position, idx (B, T) -> (B, T, V), and, if targets (B, T) are
+        passed, the mean cross-entropy, -ln of the target's probability (in nats), else None.
+        `cache`, at first {}, keeps the keys and values of all tokens read; later calls pass one token each, T = 1."""
+        start = cache.get("length", 0) if cache else 0  # how many tokens the cache holds
         end = start + idx.shape[1]
-        positions = self.positions(start, end)
-        x = self.dropout(self.token_embedding(idx))  # (B, T, C)
+        encoding = self.positional_encoding(start, end)
+        x = self.token_embedding(idx)  # (B, T, C)
+        x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, positions, cache)
+            x = block(x, encoding, cache)
         if cache is not None:
             cache["length"] = end
-        logits = F.linear(self.norm(x), self.token_embedding.weight)  # (B, T, V): the output head is the embedding
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        x = self.norm(x)
+        # Weight tying (Press and Wolf 2017): the output layer is the embedding table, so a token's logit is the dot
+        # product of x and its embedding. Tokens used alike need similar vectors in both roles; it saves V * C weights.
+        logits = F.linear(x, self.token_embedding.weight)  # (B, T, V)
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # B * T
         return logits, loss
 
 
 # ---- the same in every version from here on ----
 
 VERSION = Path(__file__).stem
-FORMAT = 1  # of the checkpoint files
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: process RANK of WORLD
-NO_BAR = True if RANK else None  # for tqdm; None means: no progress bar unless there is a terminal
+LOG_COLUMNS = "step train_loss val_loss perplexity bits_per_byte learning_rate tokens_per_second seconds".split()
 
 
 class UserError(ValueError):
-    """A user's mistake: main prints this one sentence, no traceback, and exits with status 2."""
+    """A user's mistake. main prints its message as one line, without a traceback, and exits with status 2."""
 
 
-def say(line):
-    """Print a line above the progress bar; of several processes only the first one speaks."""
+def say(line=""):
+    """Print a line above the progress bar, wrapped to 80 columns. Of several processes only the first one prints."""
     if RANK == 0:
-        tqdm.write(line)
+        tqdm.write(textwrap.fill(line, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
 
-
-# -- data: text, batches, and the loss over a whole text --
 
 def read_texts(path):
-    """The training text and the validation text of a file: its last tenth, by characters (.csv: by rows), validates.
-
-    A row of a .csv becomes "<user>question</user>\\n<bot>answer</bot>\\n".
-    """
+    """Return the training and the validation text of a file. The last tenth is for validation: of the characters, or of
+    the rows of a .csv file, where each row becomes "<user>question</user>\\n<bot>answer</bot>\\n"."""
     is_table = str(path).lower().endswith(".csv")
     try:
         text = Path(path).read_bytes().decode().removeprefix("\ufeff").replace("\r\n", "\n")
-        rows = list(csv.DictReader(io.StringIO(text))) if is_table else []
+        rows = list(csv.DictReader(io.StringIO(text), strict=True)) if is_table else []
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not UTF-8 text, or not a valid .csv table: {error}") from None
-    for count, row in enumerate(rows, 1):
-        if not row.get("question") or not row.get("answer"):
-            raise UserError(f"{path}, row {count} below the line question,answer: a question or an answer is missing")
+    for number, row in enumerate(rows, 1):
+        if None in row or not row.get("question") or not row.get("answer"):  # None: more cells than columns
+            raise UserError(f"{path}: row {number} below a first line question,answer needs one of each, in quotes")
     if is_table:
         text = [f"<user>{row['question']}</user>\n<bot>{row['answer']}</bot>\n" for row in rows]
     cut = len(text) * 9 // 10
-    train, validation = ("".join(part) if is_table else part for part in (text[:cut], text[cut:]))
-    if not train or not validation or train.count(train[0]) == len(train):
-        raise UserError(f"{path} has too little text: not two different characters to learn, or none to validate on")
-    return train, validation
+    train_text, validation_text = "".join(text[:cut]), "".join(text[cut:])
+    if len(set(train_text)) < 2:
+        raise UserError(f"{path} has too little text: training needs at least two different characters")
+    return train_text, validation_text
 
 
 def unknown_characters(text, tokenizer):
-    """How many characters of the text the tokenizer cannot give back."""
+    """How many characters of the text the tokenizer cannot represent."""
     return sum(text.count(c) for c in set(text) if tokenizer.decode(tokenizer.encode(c)) != c)
 
 
-def set_seed(*numbers):
-    """Make all randomness that follows depend on these numbers alone, such as the run's seed and the step."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-
-
 def get_batch(tokens, config, step):
-    """Inputs and (one token later) targets of one step, (B, T) each; of several processes, this one's share of rows."""
-    set_seed(config.seed, step)
-    windows = tokens.unfold(0, config.block_size + 1, 1)  # (N - T, T + 1): every window there is; a view, no copy
-    starts = torch.randint(len(windows), (config.batch_size,))[RANK::WORLD]
-    rows = windows[starts.to(tokens.device, non_blocking=tokens.is_cuda)].long()
-    set_seed(config.seed, step, 1 + RANK)  # for dropout, which differs between processes
-    return rows[:, :-1], rows[:, 1:]
+    """Return inputs and targets, (B, T) each, that depend on (seed, step) alone: a resumed run draws the same ones."""
+    rng = np.random.default_rng((config.seed, step))
+    starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)[RANK::WORLD]  # this process's share
+    starts = torch.from_numpy(starts).to(tokens.device, non_blocking=tokens.is_cuda)
+    if getattr(config, "dropout", 0) > 0:  # v0 has none. Dropout draws from torch's generator, differently per process
+        torch.manual_seed(int(rng.integers(2**62)) + RANK)
+    rows = tokens[starts[:, None] + torch.arange(config.block_size + 1, device=tokens.device)].long()  # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]  # targets are the inputs shifted by one token
 
 
 @torch.inference_mode()
-def evaluate(model, tokens, block_size, autocast=nullcontext):
-    """Mean loss in nats of every token but the first, each predicted once, in consecutive windows of block_size."""
-    model.eval()  # and the model stays so
-    block_size = min(block_size, len(tokens) - 1)
+def evaluate(model, tokens, block_size, autocast=nullcontext()):
+    """Return the mean loss in nats per token. Every token but the first is predicted once, in windows of block_size."""
+    model.eval()  # without dropout; the model stays in this mode
     windows = tokens.unfold(0, block_size + 1, block_size)  # each begins with the last token of the one before
     rest = tokens[None, len(windows) * block_size:]  # a last, shorter window
-    batches = [*windows.split(max(1, 4096 // block_size)), rest]
-    total = 0.0
-    for rows in tqdm(batches, "evaluating", delay=2, leave=False, disable=NO_BAR):
-        if rows.shape[1] > 1:
-            with autocast():
-                _, loss = model(rows[:, :-1].long(), rows[:, 1:].long())
-            total += loss.item() * rows[:, 1:].numel()
-    return total / (len(tokens) - 1)
+    batches = windows.split(max(1, 4096 // block_size))  # about 4,096 tokens each
+    batches = [rows for rows in (*batches, rest) if rows.shape[1] > 1]
+    with autocast:
+        losses = [model(rows[:, :-1].long(), rows[:, 1:].long())[1] for rows in batches]
+    return float(np.average(torch.stack(losses).tolist(), weights=[rows[:, 1:].numel() for rows in batches]))
 
-
-# -- files --
 
 def write(path, content):
-    """Put bytes into a file in one move: a kill at any moment leaves the old file or the new one, never half of it."""
-    if RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)  # a part of a file, if the disk is full
+    """Replace a file in one move, so that a kill or a full disk leaves the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, model, tokenizer, **more):
-    """Write all that load needs, and more, as plain data and tensors."""
-    checkpoint = dict(format=FORMAT, version=VERSION, config=asdict(model.config), tokenizer=tokenizer.state(),
-                      model=model.state_dict(), **more)
-    torch.save(checkpoint, buffer := io.BytesIO())
+def save_checkpoint(path, model, tokenizer, state=None):
+    """Write all that `load` needs, and for last.pt the state of the run, as plain data and tensors."""
+    torch.save({"version": VERSION, "config": asdict(model.config), "tokenizer": tokenizer.state(),
+                "model": model.state_dict(), "run": state}, buffer := io.BytesIO())
     write(path, buffer.getbuffer())
 
 
 def load(path, any_version=False, **settings):
-    """(model in eval mode on the CPU, tokenizer, config) of a checkpoint file, some settings of its config replaced.
-
-    Code that a stranger has hidden in the file is not run. UserError if the file is not a checkpoint that fits.
-    """
-    content = io.BytesIO(Path(path).read_bytes())
+    """Return (model in eval mode on the CPU, tokenizer, config) of a checkpoint, some settings of its config replaced.
+    Raises UserError if it is damaged or does not fit. An untrusted file cannot run code (weights_only=True)."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}: train first, or check the path")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        form, version = checkpoint["format"], checkpoint["version"]
-    except Exception:  # damaged bytes can make torch.load raise almost anything
-        raise UserError(f"{path} is damaged, or not a checkpoint of this program") from None
-    if form != FORMAT or version != VERSION and not any_version:
-        raise UserError(f"{path} is a checkpoint of {version} in format {form}, this is {VERSION} with format {FORMAT}")
-    try:
-        config = Config(**{**checkpoint["config"], **settings})
-        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        if settings.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
-            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, leave --vocab-size out")
-        model = LanguageModel(config, tokenizer.vocab_size)
-        model.load_state_dict(checkpoint["model"])
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}, a checkpoint of {version}, does not fit {VERSION}: {reason}") from None
-    return model.eval(), tokenizer, config
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        version, values = str(checkpoint["version"]), {**checkpoint["config"], **settings}
+        if version == VERSION or any_version:
+            config = Config(*(field.type(values[field.name]) for field in fields(Config)))
+            check_ranges(asdict(config))
+            tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+            model = LanguageModel(config, settings.get("vocab_size", tokenizer.vocab_size))
+            model.load_state_dict(checkpoint["model"])
+            return model.eval(), tokenizer, config
+    except Exception as error:  # damaged bytes can make torch.load raise almost anything
+        raise UserError(f"{path} is damaged, or does not fit {VERSION} and these settings: use another one") from error
+    raise UserError(f"{path} was made by {version}: run {version}.py, or use --init-from")
 
-
-# -- generation --
 
 def sample_token(logits, generator, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw a token id from the logits (V,) divided by temperature (0: take the likeliest), among the top_k likeliest
-    (0: all) and among the fewest likeliest that have probability top_p together."""
-    if temperature < 1e-6:  # 0, or so little that dividing by it would overflow
+    """Draw a token id from softmax(logits / temperature), logits (V,). Temperature 0 takes the most likely token; top_k
+    keeps the k most likely tokens only (0: all), top_p the fewest whose probabilities add up to top_p."""
+    if temperature < 1e-6:  # 0, or so small that the division would overflow
         return logits.argmax().item()
     logits, ids = (logits / temperature).sort(descending=True)
     probabilities = logits[:top_k or None].softmax(-1)
-    likelier = probabilities.cumsum(-1) - probabilities  # the probability of all that come before
-    return ids[torch.multinomial(probabilities[likelier < top_p], 1, generator=generator)].item()
+    before = probabilities.cumsum(-1) - probabilities  # the probability of all more likely tokens together
+    return ids[torch.multinomial(probabilities[before < top_p], 1, generator=generator)].item()
 
 
 @torch.inference_mode()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, use_cache=True):
-    """Yield max_new_tokens token ids that go on after the list `ids` (not empty), one by one.
-
-    The cache keeps each layer's keys and values (v1 on), so that only the newest token is computed. When the context
-    (block_size) is full, its older half is forgotten and the newer half read again from position 0. Without the cache:
-    the same, slowly.
-    """
-    with torch.inference_mode(False):  # a CPU multiplies single tokens sooner by weights that lie in memory by columns
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data = layer.weight.data.t().contiguous().t()
+    """Yield max_new_tokens token ids that continue the list `ids` (not empty), one by one.
+    The model reads what its cache does not hold yet: the newest token in v2 and v3, the whole context in v0 and v1. A
+    full context (block_size tokens) loses its older half, and the newer half is read again from position 0."""
     generator = torch.Generator().manual_seed(seed)
     device, limit = next(model.parameters()).device, model.config.block_size
     context, cache = list(ids)[-limit:], {}
     for _ in range(max_new_tokens):
         if len(context) > limit:
             context, cache = context[-max(1, limit // 2):], {}
-        unread = context[cache.get("length", 0):]
-        logits, _ = model(torch.tensor([unread], device=device), cache=cache if use_cache else None)
+        unread = torch.tensor([context[cache.get("length", 0):]], device=device)
+        logits, _ = model(unread, cache=cache if use_cache else None)
         context.append(sample_token(logits[0, -1].float().cpu(), generator, temperature, top_k, top_p))
         yield context[-1]
 
 
-def write_text(model, tokenizer, prompt, args, title, end=""):
-    """Print the title and what the model writes after the prompt, as it comes, up to the mark `end`; returns it."""
+def print_text(model, tokenizer, prompt, args, title, end=""):
+    """Print the title and, as it is generated, the text after the prompt, up to the mark `end`. Returns that text."""
     ids = tokenizer.encode(prompt or "\n")
     if len(ids) > model.config.block_size:
-        say(f"note: of the prompt's {len(ids)} tokens the model reads the last {model.config.block_size}")
+        say(f"note: the model reads only the last {model.config.block_size} of the prompt's {len(ids)} tokens")
     if unknown := unknown_characters(prompt, tokenizer):
-        say(f"note: {unknown} characters of the prompt are unknown to this model")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # gives out a character when all its bytes are there
+        say(f"note: the model does not know {unknown} character{'s' * (unknown > 1)} of the prompt")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end in the middle of a character
     print(title, end="", flush=True)
     text, shown = "", 0
-    for new in generate(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed):
-        text += decoder.decode(tokenizer.decode_bytes([new]))
+    for token in generate(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed):
+        text += decoder.decode(tokenizer.decode_bytes([token]))
         if end and end in text:
             text = text[:text.index(end)]
             break
-        sure = max(shown, len(text) - len(end))  # hold back what may be the beginning of the mark
-        print(text[shown:sure], end="", flush=True)
-        shown = sure
+        ready = max(shown, len(text) - len(end))  # the last characters may be the beginning of the mark
+        print(text[shown:ready], end="", flush=True)
+        shown = ready
     print(text[shown:])
     return text
 
 
 def chat(model, tokenizer, args):
-    """Answer --prompt, or else each line that is typed, until an empty one or Ctrl-D."""
+    """Answer --prompt, or each line that is typed, until an empty line or Ctrl-D."""
     if unknown_characters("<user></bot>", tokenizer):
-        raise UserError(f"{VERSION} cannot chat: its tokenizer does not know the characters that mark who speaks")
+        raise UserError(f"{VERSION} cannot chat: its tokenizer does not know < and >, which mark the turns")
+    if not args.prompt:
+        with suppress(ImportError, AttributeError):
+            sys.stdin.reconfigure(errors="replace")  # typed bytes may not be UTF-8
+            import readline  # noqa: F401 -- gives input() arrow keys and a history
+        say("Type a question. An empty line or Ctrl-D ends the chat.")
     turns = []
-    with suppress(EOFError):
-        for question in [args.prompt] if args.prompt else iter(lambda: input("you: "), ""):
-            turns.append(f"<user>{question}</user>\n<bot>")
-            while len(turns) > 1 and len(tokenizer.encode("".join(turns))) > model.config.block_size // 2:
-                del turns[0]  # the oldest turn no longer fits
-            turns[-1] += write_text(model, tokenizer, "".join(turns), args, "bot: ", "</bot>") + "</bot>\n"
+    for question in [args.prompt] if args.prompt else iter(lambda: input("you: "), ""):
+        turns.append(f"<user>{question}</user>\n<bot>")
+        while len(turns) > 1 and len(tokenizer.encode("".join(turns))) > model.config.block_size // 2:
+            del turns[0]  # the oldest turn no longer fits
+        turns[-1] += print_text(model, tokenizer, "".join(turns), args, "bot: ", "</bot>") + "</bot>\n"
 
-
-# -- a run --
 
 def learning_rate(step, config):
     """Linear warm-up, then half a cosine down to zero: a function of the step alone."""
@@ -408,302 +377,273 @@ def learning_rate(step, config):
 
 
 def pick_device(args):
-    """The torch.device of --device and the type of matrix products of --dtype; auto takes the best there is."""
-    name = args.device
-    if name == "auto":
-        name = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
-    elif not getattr(torch, name).is_available():
-        raise UserError(f"--device {name}: there is none here, or this build of PyTorch cannot use it")
-    if name == "cuda":
+    """Return the torch.device and the dtype's name; auto takes bfloat16 where an x86 CPU or a CUDA GPU supports it."""
+    found = [n for n in ("cuda", "mps") if getattr(torch, n).is_available() and (n == "cuda" or WORLD == 1)] + ["cpu"]
+    device = torch.device(found[0] if args.device == "auto" else args.device)
+    if device.type not in found:
+        raise UserError(f"--device {device}: PyTorch finds only {' and '.join(found)} here")
+    native = device.type == "cpu" and any(torch.cpu.get_capabilities().get(x) for x in ("avx512_bf16", "amx_bf16"))
+    if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = name == "cpu" and any(there for k, there in torch.cpu.get_capabilities().items() if "bf16" in k)
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if native else "float32"
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None), dtype
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device, args.dtype if args.dtype != "auto" else "bfloat16" if native else "float32"
 
 
-@contextmanager
-def noted_signals():
-    """A list that receives the number of a Ctrl-C or SIGTERM, so that no step is torn; a second one ends at once."""
-    noted = []
-
-    def note(signum, frame):
-        noted.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for signum, handler in before.items():
-            if signal.getsignal(signum) != signal.SIG_IGN:  # which train sets when this process is ending
-                signal.signal(signum, handler)
+def make_optimizer(model, state):
+    """Return AdamW for the model's weights. `state` is empty, or holds the moments of a run to continue."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # the weights of LayerNorm: no weight decay
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": model.config.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.99), fused=True)
+    for p, moments in zip(matrices + vectors, state.values(), strict=bool(state)):  # copies, since a file may be forged
+        optimizer.state[p] = {key: torch.zeros_like(p).copy_(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p]["step"] = torch.tensor(float(moments["step"]), device=p.device)
+    return optimizer
 
 
-def begin(args, given, dtype):
-    """Read and check what a run needs; nothing is written yet. Returns (model, tokenizer, both texts, run).
-
-    `run` is what --resume needs besides the model: what it learns from, and how far it has come.
-    """
-    last, run = Path(args.out, "last.pt"), {"step": 0, "seconds": 0.0, "log": [], "total": torch.zeros(())}
+def prepare(args, settings):
+    """Read and check all that a run needs, and write nothing. Returns it as one object."""
+    device, dtype = pick_device(args)
+    run = {"log": [], "step": 0, "dtype": dtype, "init_from": args.init_from or "", "optimizer": {}}
     if args.resume:
-        model, tokenizer, config = load(last)
-        run = torch.load(last, map_location="cpu", weights_only=True).get("run")  # load leaves it out
-        if not run:
-            raise UserError(f"{last} is not what --resume needs: it lacks the state of the run")
-        for name, value in {**given, "dtype": run["dtype"] if args.dtype == "auto" else args.dtype}.items():
-            own = {**asdict(config), **run}[name]
-            if value != own and name != "steps":
-                raise UserError(f"--{name.replace('_', '-')} {value} contradicts the run in {args.out}: it has {own}")
-        config.steps = given.get("steps", config.steps)
-        if config.steps < run["step"]:
-            raise UserError(f"--steps {config.steps}: the run in {args.out} has already taken {run['step']}")
-    path = args.data or run.get("data") or Path(__file__).with_name("input.txt")
-    texts = read_texts(path)
+        if settings.keys() - {"steps"} or args.dtype != "auto":
+            raise UserError("--resume keeps the settings of the run: of those, only --steps can be given with it")
+        path = Path(args.out, "last.pt")
+        model, tokenizer, config = load(path, **settings)
+        try:
+            run = torch.load(path, map_location="cpu", weights_only=True)["run"]
+            assert all(type(row[name]) in (int, float) for row in run["log"] for name in LOG_COLUMNS)
+            run["step"] = range(config.steps + 1).index(run["log"][-1]["step"])  # fails beyond --steps
+            run.update({name: str(run[name]) for name in ("data", "dtype", "init_from")})
+            make_optimizer(model, run["optimizer"])
+        except Exception as error:  # as in load
+            raise UserError(f"{path} is damaged, or beyond --steps {config.steps}: give more or start anew") from error
+    data = args.data or run.get("data") or str(Path(__file__).with_name("input.txt"))
+    texts = read_texts(data)
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    if run.get("digests", digests) != digests:
-        raise UserError(f"--data {path} is not the text that the run in {args.out} learns from")
+    if run.setdefault("digests", None if args.resume else digests) != digests:
+        raise UserError(f"{data} is not the text of the run in {args.out}, {run['data']}: give that one with --data")
     if args.init_from:
-        model, tokenizer, config = load(args.init_from, any_version=True, **given)
+        model, tokenizer, config = load(args.init_from, any_version=True, **settings)
     elif not args.resume:
-        config = Config(**given)
+        config = Config(**settings)
         tokenizer = train_tokenizer(texts[0], config)
-        set_seed(config.seed)
+        torch.manual_seed(config.seed)
         model = LanguageModel(config, tokenizer.vocab_size)
     if config.batch_size % WORLD:
-        raise UserError(f"--batch-size {config.batch_size} cannot be shared out evenly among {WORLD} processes")
-    return model, tokenizer, texts, {"dtype": dtype, **run, "data": str(path), "digests": digests}
-
-
-def describe(model, tokens, validation, run, device):
-    """Say what is about to be trained, on what, and for how long."""
-    config, total = model.config, sum(p.numel() for p in model.parameters())
-    counts = {part: sum(p.numel() for name, p in model.named_parameters() if part in name)
-              for part in ("embedding", "attention", "feed_forward", "norm")}
-    per_step = config.batch_size * config.block_size
-    say(f"{VERSION} on {device.type} in {run['dtype']}" + (f", {WORLD} processes" if WORLD > 1 else ""))
-    say(f"data: {run['data']}, {len(tokens):,} tokens to learn from, {len(validation) - 1:,} to validate on")
-    say(f"parameters: {total:,} (" + ", ".join(f"{part} {count:,}" for part, count in counts.items() if count) + ")")
-    say(f"memory: weights {4e-6 * total:.1f} MB, gradients {4e-6 * total:.1f}, optimizer {8e-6 * total:.1f}, "
-        f"data {1e-6 * (tokens.nbytes + validation.nbytes):.1f}, besides the activations")
-    say(f"budget: {config.steps:,} steps of {config.batch_size} x {config.block_size} tokens, "
-        f"{config.steps * per_step / len(tokens):.1f} times the training text")
-
-
-def train(args, given):
-    """Train, write the run into args.out and report; returns the exit status."""
-    (device, dtype), out = pick_device(args), Path(args.out).resolve()
-    model, tokenizer, texts, run = begin(args, given, dtype)
-    if WORLD > 1:
-        dist.init_process_group()  # waits until all processes are here, and so have read what they start from
-    config, log, step = model.config, run["log"], run["step"]
-    tokens, validation = (torch.from_numpy(tokenizer.encode_to_array(text, progress=not RANK)) for text in texts)
-    validation = torch.cat((tokens[-1:], validation))  # so that its first token, too, can be predicted
-    if device.type != "cpu":  # GPUs cannot index tensors of unsigned 16-bit numbers
-        tokens, validation = tokens.int().to(device), validation.int().to(device)
-    if min(len(tokens), len(validation)) <= config.block_size:
-        raise UserError(f"{run['data']} is too short for --block-size {config.block_size}: it has {len(tokens)} tokens "
-                        f"to learn from and {len(validation) - 1} to validate on")
-    describe(model, tokens, validation, run, device)
+        raise UserError(f"--batch-size {config.batch_size} cannot be divided evenly among {WORLD} processes")
+    tokens, validation = (torch.from_numpy(tokenizer.encode_to_array(text, progress=RANK == 0)) for text in texts)
+    validation = torch.cat((tokens[-1:], validation))  # the first validation token is predicted, too
+    if (longest := min(len(tokens), len(validation)) - 1) < config.block_size:
+        raise UserError(f"{data} is too short for --block-size {config.block_size}: it allows at most {longest}")
     if unknown := unknown_characters(texts[1], tokenizer):
-        say(f"note: {unknown:,} characters to validate on are not known to the tokenizer; they count as one unknown "
-            "character, which flatters the validation loss")
+        say(f"note: {unknown:,} characters of the validation text are unknown, so its loss will look too low")
+    if device.type != "cpu":  # a GPU cannot index unsigned 16-bit numbers
+        tokens, validation = tokens.int().to(device), validation.int().to(device)
+    run.update(data=data, out=Path(args.out), model=model.train().to(device), config=model.config, tokenizer=tokenizer,
+               tokens=tokens, validation=validation, tokens_per_byte=(len(validation) - 1) / len(texts[1].encode()),
+               device=device, autocast=torch.autocast(device.type, torch.bfloat16, enabled=run["dtype"] == "bfloat16"))
+    return argparse.Namespace(**run)
 
-    model.to(device)
-    optimizer = torch.optim.AdamW([  # weight decay is for matrices only
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.99), fused=True)
-    if args.resume:
-        optimizer.load_state_dict(run["optimizer"])
-    elif RANK == 0 and (out / "last.pt").exists():
-        previous = out.with_name(out.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        out.rename(previous)
-        say(f"the run that was in {args.out} is now in {previous}")
-    out.mkdir(parents=True, exist_ok=True)  # if that is impossible, better to know it now
-    learner = torch.compile(model) if args.compile else model
-    if WORLD > 1:
-        learner = nn.parallel.DistributedDataParallel(learner, forward_sync_buffers=False)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=run["dtype"] == "bfloat16")
-    tokens_per_byte = (len(validation) - 1) / len(texts[1].encode())
 
-    total, stop = run["total"].to(device), 0  # total: of the losses since the last evaluation
-    clock = time.perf_counter() - run["seconds"]
-    model.train()
-    with noted_signals() as noted, tqdm(total=config.steps, initial=step, unit="step", disable=NO_BAR) as bar:
-        while step < config.steps and not stop:
-            rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            idx, targets = get_batch(tokens, config, step)
-            with autocast():
-                _, loss = learner(idx, targets)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            total += loss.detach() + 0 * norm  # a gradient that is not finite makes the total so, too
-            step += 1
-            bar.update()
-            stop = torch.tensor(noted[0] if noted else 0)  # a tensor, for the processes to agree on
-            if WORLD > 1:
-                dist.all_reduce(stop, dist.ReduceOp.MAX)
-            at_evaluation = step % config.eval_interval == 0 or step == config.steps
-            if step % 10 == 0 or at_evaluation or stop:  # only here does the loop wait for a GPU
-                if WORLD > 1:
-                    dist.all_reduce(total)
-                    total /= WORLD  # the mean over the processes, now the same in all
-                before = log[-1] if log else {"step": 0, "seconds": 0.0}
-                seconds, count = time.perf_counter() - clock, step - before["step"]
-                train_loss = total.item() / count
-                speed = count * config.batch_size * config.block_size / (seconds - before["seconds"])
-                bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-                if not math.isfinite(train_loss):
-                    bar.close()
-                    sys.exit(f"{Path(__file__).name}: error: loss or gradient not finite at step {step}, learning rate "
-                             f"{rate:.2g}: try a lower --learning-rate (what was saved before is in {args.out})")
-            if at_evaluation:
-                val_loss = evaluate(model, validation, config.block_size, autocast)
-                model.train()
-                log.append({"step": step, "train_loss": train_loss, "val_loss": val_loss,
-                            "perplexity": math.exp(min(val_loss, 99)),  # exp(710) would overflow
-                            "bits_per_byte": val_loss * tokens_per_byte / math.log(2), "learning_rate": rate,
-                            "tokens_per_second": speed, "seconds": seconds})
-                say("step {step:,}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
-                    "bits per byte {bits_per_byte:.4f}, {tokens_per_second:,.0f} tokens/s".format(**log[-1]))
-                if val_loss == min(row["val_loss"] for row in log):
-                    save_checkpoint(out / "best.pt", model, tokenizer)
-                lines = [log[0].keys(), *(row.values() for row in log)]
-                write(out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-                total.zero_()
-            if at_evaluation or stop:
-                run.update(step=step, seconds=seconds, total=total, optimizer=optimizer.state_dict())
-                save_checkpoint(out / "last.pt", model, tokenizer, run=run)
-                clock = time.perf_counter() - seconds  # evaluating and saving are not training
-        if WORLD > 1:
-            time.sleep(0.1)  # gloo's threads need Python's lock to end, and destroying the group holds it
-            dist.destroy_process_group()
-            if stop:  # this process's own signal may be late; it is ending already
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if stop:
-        command = "python" if WORLD == 1 else f"torchrun --standalone --nproc_per_node={WORLD}"
-        command += f" {shlex.quote(sys.argv[0])} --out {shlex.quote(args.out)} --resume --device {device.type}"
-        say(f"stopped after step {step}; to go on: {command}")
-        return 128 + int(stop)
+def describe(run):
+    """Print what is going to be trained, on what, and for how long."""
+    counts = {part: sum(p.numel() for name, p in run.model.named_parameters() if part in name)
+              for part in ("embedding", "attention", "feed_forward", "norm")}
+    total, config = sum(counts.values()), run.config
+    reads = config.steps * config.batch_size * config.block_size / len(run.tokens)
+    say(f"{VERSION} on {run.device.type} in {run.dtype}" + f", {WORLD} processes" * (WORLD > 1))
+    say(f"data: {run.data}, {len(run.tokens):,} tokens for training, {len(run.validation) - 1:,} for validation")
+    say(f"parameters: {total:,} (" + ", ".join(f"{part} {n:,}" for part, n in counts.items() if n) + f"), which take "
+        f"{16e-6 * total:.1f} MB with gradients and optimizer; activations come on top")
+    say(f"plan: {config.steps:,} steps of {config.batch_size} x {config.block_size} tokens, {reads:.1f} times the text"
+        + ", often enough to learn it by heart; fewer --steps or more text may do better" * (reads > 15))
+
+
+def set_aside(out):
+    """Make the folder, and move the files of an older run in it, and nothing else, into a new folder previous-N."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = next(path for n in itertools.count(1) if not (path := out / f"previous-{n}").exists())
+    for name in ("best.pt", "last.pt", "log.csv", "result.json", "sample.txt"):
+        if os.path.lexists(out / name):  # also a link to nothing
+            os.renames(out / name, folder / name)  # makes the folder, too
+    if folder.exists():
+        say(f"Moved the files of the previous run in {out} to {folder}.")
+
+
+def evaluate_and_save(run, optimizer, train_loss=math.nan, seconds=0.0):
+    """Add a row to the log and save the run. train_loss and seconds are those of the training since the last row."""
+    val_loss = evaluate(run.model, run.validation, run.config.block_size, run.autocast)
+    run.model.train()
+    if not math.isfinite(val_loss):
+        sys.exit(RANK or f"{VERSION}.py: error: the loss is not finite at step {run.step}: try a lower --learning-rate")
+    last = run.log[-1] if run.log else {"step": 0, "seconds": 0.0}
+    speed = (run.step - last["step"]) * run.config.batch_size * run.config.block_size / max(seconds, 1e-9)
+    values = [run.step, train_loss, val_loss, math.exp(min(val_loss, 99)), val_loss * run.tokens_per_byte / math.log(2),
+              learning_rate(max(0, run.step - 1), run.config), speed, last["seconds"] + seconds]
+    log = [*run.log, dict(zip(LOG_COLUMNS, values))]
+    say("{step:8,}{train_loss:12.4f}{val_loss:10.4f}{perplexity:12.5g}{bits_per_byte:15.4f}{tokens_per_second:11,.0f}"
+        .format(**log[-1]).replace("nan", "  -"))
     if RANK == 0:
-        report(out, run, config, validation, tokens_per_byte, autocast, device)
-    return 0
+        if val_loss == min(row["val_loss"] for row in log):
+            save_checkpoint(run.out / "best.pt", run.model, run.tokenizer)
+        lines = [LOG_COLUMNS, *(row.values() for row in log)]
+        write(run.out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        state = {name: getattr(run, name) for name in ("data", "digests", "dtype", "init_from")}
+        state.update(log=log, optimizer=optimizer.state_dict()["state"])
+        save_checkpoint(run.out / "last.pt", run.model, run.tokenizer, state)
+    run.log = log  # only now: its last row is where --resume goes on
 
 
-def report(out, run, config, validation, tokens_per_byte, autocast, device):
-    """The end of a run: its best loss, the context test, result.json, and the table of the runs beside it."""
-    model, tokenizer, _ = load(out / "best.pt")
-    best, last = min(run["log"], key=lambda row: row["val_loss"]), run["log"][-1]
+def train(run, args):
+    """Train the model; evaluate and save it at the start and after every eval_interval steps."""
+    with suppress(AttributeError, OSError, TypeError):  # with glibc: keep freed memory, since returning it costs time
+        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest that every glibc accepts
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    model, config = run.model, run.config
+    optimizer = make_optimizer(model, run.optimizer)
+    trained = torch.compile(model) if args.compile else model
+    if WORLD > 1:
+        own_gpu = run.device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
+        dist.init_process_group("nccl" if own_gpu else "gloo")
+        trained = nn.parallel.DistributedDataParallel(trained, forward_sync_buffers=False)  # waits until all are here
+    if RANK == 0 and not args.resume:  # only now, since --init-from may be one of the files to move
+        set_aside(run.out)
+    say(f"{'step':>8}{'train loss':>12}{'val loss':>10}{'perplexity':>12}{'bits per byte':>15}{'tokens/s':>11}")
+    if not run.log:  # before training, the loss should be close to that of equally likely tokens, ln V
+        evaluate_and_save(run, optimizer)
+    total, started = torch.zeros((), device=run.device), time.perf_counter()
+    bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, disable=RANK > 0 or None)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        idx, targets = get_batch(run.tokens, config, step)
+        with run.autocast:
+            _, loss = trained(idx, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.detach()
+        run.step = step + 1
+        if run.step % 10 == 0:  # not at every step, since reading a number makes a GPU wait
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        if run.step % config.eval_interval == 0 or run.step == config.steps:
+            if WORLD > 1:
+                dist.all_reduce(total)  # the sum over the processes
+            train_loss = total.item() / WORLD / (run.step - run.log[-1]["step"])
+            evaluate_and_save(run, optimizer, train_loss, time.perf_counter() - started)
+            total, started = torch.zeros_like(total), time.perf_counter()
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        sys.exit()  # only the first process reports and samples
+    report(run)
+
+
+def report(run):
+    """Print how the run ended, measure the model beyond its context, write result.json, and list comparable runs."""
+    best, last = min(run.log, key=lambda row: row["val_loss"]), run.log[-1]
     say(f"best val loss {best['val_loss']:.4f} at step {best['step']:,}, last {last['val_loss']:.4f}")
-    if last["val_loss"] > 1.01 * best["val_loss"] and last["train_loss"] < best["train_loss"]:
-        say("The model overfitted: since its best step the validation loss has risen while the training loss fell. "
-            "More text, fewer steps, dropout or a smaller model would help.")
-    context = {1: best["bits_per_byte"], 2: None, 4: None}  # how well it reads further than it was trained to
-    longest = min(model.max_context, len(validation) - 1)
-    for times in (2, 4):
-        length = times * config.block_size
-        if length <= longest:
-            loss = evaluate(model.to(device), validation, length, autocast)
-            context[times] = loss * tokens_per_byte / math.log(2)
-        else:
-            say(f"no figure at {times}x the context, {length} tokens: only {longest} can be read at once here")
-    result = {"version": VERSION, "data": Path(run["data"]).name, "validation_sha256": run["digests"][1],
-              "parameters": sum(p.numel() for p in model.parameters()), "vocab_size": tokenizer.vocab_size,
-              "tokens_per_byte": tokens_per_byte, "steps": config.steps, "best_step": best["step"],
-              **{key: best[key] for key in ("val_loss", "perplexity", "bits_per_byte")},
-              "context_bits_per_byte": context, "train_seconds": last["seconds"], "device": device.type,
-              "dtype": run["dtype"], "seed": config.seed}
-    write(out / "result.json", json.dumps(result, indent=2).encode())
-    say(f"\n{'run':<20}{'parameters':>11}{'val loss':>10}{'bits per byte':>15}{'at 2x':>9}{'at 4x':>9}{'seconds':>9}")
-    for path in sorted(out.parent.glob("*/result.json")):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # it may be another program's
-            r = json.loads(path.read_bytes())
-            if r["validation_sha256"] == run["digests"][1] and not path.parent.name.endswith(".previous"):
-                far = [f"{bits:.4f}" if bits else "-" for bits in r["context_bits_per_byte"].values()]
-                say(f"{path.parent.name:<20}{r['parameters']:>11,}{r['val_loss']:>10.4f}{far[0]:>15}{far[1]:>9}"
-                    f"{far[2]:>9}{r['train_seconds']:>9.0f}")
+    if last["step"] > best["step"] and last["train_loss"] < best["train_loss"]:
+        say("The model overfits: since then only the training loss fell. Try more text, fewer --steps, --dropout 0.2")
+    model, config = load(run.out / "best.pt")[0], run.config
+    context = {"1": best["bits_per_byte"], "2": None, "4": None}  # bits per byte at 1, 2, 4 times the trained context
+    with suppress(UserError):  # v1 cannot read more than block_size tokens
+        for times in [n for n in (2, 4) if n * config.block_size < len(run.validation)]:
+            loss = evaluate(model.to(run.device), run.validation, times * config.block_size, run.autocast)
+            context[str(times)] = loss * run.tokens_per_byte / math.log(2)
+    result = {
+        "version": VERSION, "data": Path(run.data).name, "validation_sha256": run.digests[1], "config": asdict(config),
+        "init_from": run.init_from, "parameters": sum(p.numel() for p in model.parameters()), "steps": run.step,
+        "vocab_size": run.tokenizer.vocab_size, "tokens_per_byte": run.tokens_per_byte, "best_step": best["step"],
+        **{key: best[key] for key in ("val_loss", "perplexity", "bits_per_byte")}, "context_bits_per_byte": context,
+        "train_seconds": last["seconds"], "device": run.device.type, "dtype": run.dtype, "seed": config.seed}
+    write(run.out / "result.json", json.dumps(result, indent=2).encode())
+    say("Runs on this text (> this one, * fine-tuned or other --steps); bits per byte at 1x, 2x and 4x the context:")
+    say(f"  {'run':<30}{'steps':>8}{'val loss':>9}{'1x':>7}{'2x':>7}{'4x':>7}{'seconds':>9}")
+    for path in sorted(run.out.resolve().parent.glob("*/result.json")):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # it may be another program's
+            r, name = json.loads(path.read_bytes()), path.parent.name
+            name += f" ({r['version']})" * (r["version"] not in name)
+            alike = r["steps"] == run.step and r["init_from"] == run.init_from
+            mark = ">" if path.parent == run.out.resolve() else " " if alike else "*"
+            bits = "".join(f"{x:7.3f}" if x else "      -" for x in r["context_bits_per_byte"].values())
+            if r["validation_sha256"] == run.digests[1]:
+                say(f"{mark} {name[:29]:<30}{r['steps']:>8,}{r['val_loss']:>9.4f}{bits}{r['train_seconds']:>9,.0f}")
 
 
-# -- command line --
-
-def in_range(kind, low, high=1e9):
-    """An argparse type: a number of this kind from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high:g}")
-        return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
+def check_ranges(numbers):
+    """Raise UserError if a number in this dict of settings and flags is out of range."""
+    ranges = {"seed": (0, 1e9), "warmup_steps": (0, 1e9), "max_new_tokens": (0, 1e9), "top_k": (0, 1e9),
+              "top_p": (1e-6, 1), "grad_clip": (1e-6, 1e9), "dropout": (0, 0.999)}
+    for name, value in numbers.items():
+        low, high = ranges.get(name, (1 if isinstance(value, int) else 0, 1e9))  # whole numbers: at least 1
+        if not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
 
 
 def parse_arguments(argv):
-    """(flags, the settings among them). Every field of Config is a flag, and the comment beside it the flag's help."""
-    parser = argparse.ArgumentParser(prog=Path(__file__).name, usage=argparse.SUPPRESS, description=__doc__,
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return (flags, the settings among them). Every field of Config is a flag; the comment beside it is its help."""
+    parser = argparse.ArgumentParser(f"{VERSION}.py", usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])
     add, default = parser.add_argument, " (default %(default)s)"
-    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    lowest, highest = {"seed": 0, "warmup_steps": 0, "grad_clip": 1e-6}, {"dropout": 0.999}
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
-        kind = in_range(field.type, lowest.get(field.name, 1 if field.type is int else 0), highest.get(field.name, 1e9))
-        add("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar="N",
-            help=f"{comments.get(field.name, '')} (default {field.default})")
-    add("--data", metavar="FILE", help="text to learn: UTF-8, or .csv with columns question,answer (default input.txt)")
-    add("--out", default=f"runs/{VERSION}", metavar="DIR", help="where the run is written" + default)
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes the best that is there")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="auto takes bfloat16 where the hardware multiplies it natively")
+        add("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS, metavar="N",
+            help=f"{comments[field.name]} (default {field.default})".replace("%", "%%"))
+    add("--data", metavar="FILE", help="UTF-8 text, or .csv with columns question,answer (default input.txt)")
+    add("--out", metavar="DIR", default=f"runs/{VERSION}", help="folder of the run" + default)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best that is available")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where it is fast")
     add("--compile", action="store_true", help="use torch.compile")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
-    mode.add_argument("--init-from", metavar="FILE", help="start from a checkpoint's weights, tokenizer and settings")
-    mode.add_argument("--sample-only", action="store_true", help="only sample from the best checkpoint in --out")
-    mode.add_argument("--chat", action="store_true", help="talk to the best checkpoint in --out")
-    add("--prompt", default="", metavar="TEXT", type=lambda text: text.encode(errors="replace").decode(),
-        help="what the sample goes on from; with --chat, the one question to answer")
-    add("--max-new-tokens", type=in_range(int, 0), default=400, metavar="N", help="tokens to sample" + default)
-    add("--temperature", type=in_range(float, 0), default=0.8, metavar="X",
-        help="below 1 likely tokens are drawn more often; 0: always the likeliest" + default)
-    add("--top-k", type=in_range(int, 0), default=0, metavar="N",
-        help="draw from the N likeliest tokens; 0: from all" + default)
-    add("--top-p", type=in_range(float, 1e-6, 1), default=1.0, metavar="X",
-        help="draw from the fewest tokens that have this probability together" + default)
+    mode.add_argument("--resume", action="store_true", help="continue the run in --out from its last evaluation")
+    mode.add_argument("--init-from", metavar="FILE", help="start from the weights and settings of this checkpoint")
+    mode.add_argument("--sample-only", action="store_true", help="do not train: sample from best.pt in --out")
+    mode.add_argument("--chat", action="store_true", help="do not train: talk to best.pt in --out")
+    add("--prompt", type=lambda s: s.encode(errors="replace").decode(), default="", help="text to continue")
+    add("--max-new-tokens", metavar="N", type=int, default=400, help="tokens to sample" + default)
+    add("--temperature", metavar="X", type=float, default=0.8, help="0 takes the most likely token" + default)
+    add("--top-k", metavar="N", type=int, default=0, help="sample among the N most likely tokens; 0: all" + default)
+    add("--top-p", metavar="P", type=float, default=1.0, help="sample among the top tokens of probability P" + default)
     args = parser.parse_args(argv)
+    check_ranges({name: value for name, value in vars(args).items() if type(value) in (int, float)})
     return args, {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
 
 
 def main(argv=None):
     """Run the program; returns its exit status."""
-    args, given = parse_arguments(argv)
+    run = argparse.Namespace(log=[])
     try:
-        status = 0 if args.sample_only or args.chat else train(args, given)
-        if status or RANK > 0:
-            return status
+        args, settings = parse_arguments(argv)
+        if not args.sample_only and not args.chat:
+            run = prepare(args, settings)
+            describe(run)
+            train(run, args)
         model, tokenizer, config = load(Path(args.out, "best.pt"))
         model.to(pick_device(args)[0])
-        args.seed = given.get("seed", config.seed)
+        args.seed = settings.get("seed", config.seed)
         if args.chat:
             chat(model, tokenizer, args)
         else:
-            text = args.prompt + write_text(model, tokenizer, args.prompt, args, args.prompt)
+            say(f"Sample from {Path(args.out, 'best.pt')} with seed {args.seed} (another --seed gives another sample):")
+            text = args.prompt + print_text(model, tokenizer, args.prompt, args, args.prompt)
             write(Path(args.out, "sample.txt"), text.encode())
-    except (UserError, OSError) as error:
-        reason = error if isinstance(error, UserError) else f"{error.filename or args.out}: {error.strerror}"
-        if RANK == 0:
-            print(f"{Path(__file__).name}: error: {reason}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
+        hint = f"--out {args.out} --resume starts at step {run.log[-1]['step']}" if run.log else "nothing new was saved"
+        print("" if RANK else f"\nstopped; {hint}")
         return 130
+    except EOFError:  # Ctrl-D in a chat
+        print()
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if RANK == 0:
+            print(f"{VERSION}.py: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    if sys.stdin:
-        sys.stdin.reconfigure(errors="replace")
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    with suppress(AttributeError):  # a notebook's stdout has no reconfigure
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     sys.exit(main())

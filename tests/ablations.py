@@ -29,18 +29,18 @@ from tests.compare import ROOT, machine, mean_and_spread
 from tests.scaffold_bpe import ScaffoldBPE, train_scaffold_bpe
 
 
-# -- what takes the place of rotary positions in v2 --
+# -- what replaces rotary positions in v2 --
 
 
-def unturned(x, positions):
-    """In the place of v2.rotate: queries and keys stay as they are."""
+def not_rotated(x, encoding):
+    """Replaces v2.rotate: queries and keys stay as they are."""
     return x
 
 
 class WithoutPositions(v2.LanguageModel):
-    """Nothing tells the model where a token stands, but that attention sees only what comes before."""
+    """Nothing tells the model where a token stands, except that attention sees earlier tokens only."""
 
-    def positions(self, start, end):
+    def positional_encoding(self, start, end):
         return None
 
 
@@ -49,7 +49,7 @@ class WithVectors(v2.LanguageModel):
 
     def __init__(self, config, vocab_size):
         super().__init__(config, vocab_size)
-        self.blocks[0].register_forward_pre_hook(lambda block, given: (given[0] + given[1], *given[1:]))
+        self.blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0] + inputs[1], *inputs[1:]))
 
 
 class LearnedPositions(WithVectors):
@@ -59,24 +59,25 @@ class LearnedPositions(WithVectors):
         super().__init__(config, vocab_size)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
-        self.max_context = config.block_size
 
-    def positions(self, start, end):
+    def positional_encoding(self, start, end):
+        if end > self.config.block_size:
+            raise v2.UserError(f"{end} tokens are more than the {self.config.block_size} positions that were learned")
         return self.position_embedding.weight[start:end]
 
 
 class SinusoidalPositions(WithVectors):
-    """Sines and cosines of wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017), as large as the tokens' vectors are
+    """Sines and cosines of wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017), as large as the token vectors are
     at the start. (Larger ones did worse when we tried.)"""
 
-    def positions(self, start, end):
-        C = self.config.n_embd
-        angles = torch.outer(torch.arange(start, end), 10000.0 ** (-torch.arange(0, C, 2) / C)).to(self.token_embedding.weight.device)
+    def positional_encoding(self, start, end):
+        C, device = self.config.n_embd, self.token_embedding.weight.device
+        angles = torch.outer(torch.arange(start, end), 10000.0 ** (-torch.arange(0, C, 2) / C)).to(device)
         return 0.02 * math.sqrt(2) * torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
 def slopes_times(factor):
-    """What makes v3's slopes, the penalties per token of distance, `factor` times the paper's."""
+    """Makes v3's slopes, the penalties per token of distance, `factor` times the paper's."""
 
     def alibi_slopes(n_head, paper=v3.alibi_slopes):
         return [factor * slope for slope in paper(n_head)]
@@ -86,7 +87,7 @@ def slopes_times(factor):
 
 
 NO_BPE = {"train_tokenizer": v1.train_tokenizer, "tokenizer_from_state": v1.tokenizer_from_state}
-NO_ROPE = {"LanguageModel": LearnedPositions, "rotate": unturned}
+NO_ROPE = {"LanguageModel": LearnedPositions, "rotate": not_rotated}
 NO_GELU = {"FeedForward": v1.FeedForward}
 SCAFFOLD = {"train_tokenizer": train_scaffold_bpe, "tokenizer_from_state": ScaffoldBPE}
 
@@ -117,8 +118,8 @@ TABLES = {
         "4,096: Scaffold-BPE": (v2, SCAFFOLD, ["--vocab-size", "4096"]),
     },
     "positions": {
-        "none": (v2, {"LanguageModel": WithoutPositions, "rotate": unturned}, []),
-        "sinusoidal": (v2, {"LanguageModel": SinusoidalPositions, "rotate": unturned}, []),
+        "none": (v2, {"LanguageModel": WithoutPositions, "rotate": not_rotated}, []),
+        "sinusoidal": (v2, {"LanguageModel": SinusoidalPositions, "rotate": not_rotated}, []),
         "learned": (v2, NO_ROPE, []),
         "rotary: v2": (v2, {}, []),
         "ALiBi: v3": (v3, {}, []),
@@ -134,7 +135,6 @@ TABLES = {
 }
 
 
-
 def name_of(program, replaced, flags):
     """The folder of a run, the same for rows of several tables that are the same program: v2_bpe_rope_FeedForward."""
     parts = [getattr(new, "__name__", key) for key, new in sorted(replaced.items())]
@@ -143,7 +143,7 @@ def name_of(program, replaced, flags):
 
 @contextlib.contextmanager
 def replaced_in(program, replaced):
-    """For a while, some of a program's classes and functions are others."""
+    """Replace some of a program's classes and functions for a while."""
     with contextlib.ExitStack() as stack:
         for name, new in replaced.items():
             stack.enter_context(mock.patch.object(program, name, new))

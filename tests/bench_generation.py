@@ -1,12 +1,11 @@
-"""How quickly each version writes, with its cache and without.
+"""How fast each version generates text, with the cache of keys and values and without.
 
     python -m tests.bench_generation
 
 6 layers, 384 wide, context 256, vocabulary 65, random weights, float32, 512 tokens from a single one. Tokens per second
-with the cache of keys and values (which reads 128 tokens again whenever the context is full); and as programs do that
-have no cache, such as nanoGPT's sampler: for each token they read again all that there is, once the context is full its
-last 256 tokens ("full windows": that latter part alone). The versions and the ways take turns; each figure is the median
-of its rounds.
+"as it is": v2 and v3 with their cache, v1 without, all dropping half of the context when it is full; and as nanoGPT's
+sampler, which for each token reads the last 256 tokens again ("full windows": only the part of that in which the context
+is full). The versions and the ways take turns; each figure is the median of its rounds.
 """
 
 import statistics
@@ -35,7 +34,7 @@ def without_a_cache(model, ids, count):
 def main():
     print(f"{machine()}, float32\n")
     ways = {
-        "with the cache": lambda version, model: list(version.generate(model, [0], TOKENS, temperature=0)),
+        "as it is": lambda version, model: list(version.generate(model, [0], TOKENS, temperature=0)),
         "as nanoGPT's sampler": lambda version, model: without_a_cache(model, [0], TOKENS),
         "full windows": lambda version, model: without_a_cache(model, [0] * 256, TOKENS // 4),
     }
@@ -51,11 +50,11 @@ def main():
                 write(version, model)
                 scale = 4 if name == "full windows" else 1
                 seconds.setdefault((version, name), []).append(scale * (time.perf_counter() - started))
-    print("| tokens per second | " + " | ".join(ways) + " | cache : nanoGPT's | cache : full windows |")
+    print("| tokens per second | " + " | ".join(ways) + " | as it is : nanoGPT's | as it is : full windows |")
     print("|---|" + "---:|" * (len(ways) + 2))
     for version in models:
         speed = {name: TOKENS / statistics.median(seconds[version, name]) for name in ways}
-        ratios = [speed["with the cache"] / speed[name] for name in ("as nanoGPT's sampler", "full windows")]
+        ratios = [speed["as it is"] / speed[name] for name in ("as nanoGPT's sampler", "full windows")]
         print(f"| {version.__name__} | " + " | ".join([*(f"{x:.0f}" for x in speed.values()),
                                                      *(f"{x:.1f}" for x in ratios)]) + " |")
 

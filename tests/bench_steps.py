@@ -7,15 +7,16 @@ the median of what a variant's step took, so that whatever else the machine does
 """
 
 import argparse
+import ctypes
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +25,7 @@ import v1_transformer as v1
 import v2_bpe_rope as v2
 import v3_alibi as v3
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,10 +36,9 @@ ROUNDS, STEPS = 25, 8  # each variant takes ROUNDS turns of STEPS steps, of whic
 
 
 def one_by_one(tokens, config, step):
-    """The batch of v2.get_batch, its rows cut out and put together one by one."""
-    v2.set_seed(config.seed, step)
-    starts = torch.randint(len(tokens) - config.block_size, (config.batch_size,)).tolist()
-    v2.set_seed(config.seed, step, 1)
+    """The batch of v2.get_batch, with its rows cut out and put together one by one."""
+    random = np.random.default_rng((config.seed, step))
+    starts = random.integers(len(tokens) - config.block_size, size=config.batch_size).tolist()
     rows = [tokens[start:start + config.block_size + 1].long() for start in starts]
     return torch.stack([row[:-1] for row in rows]), torch.stack([row[1:] for row in rows])
 
@@ -45,12 +46,14 @@ def one_by_one(tokens, config, step):
 class Steps:
     """One variant of the training loop: call it for the seconds that one step takes."""
 
-    def __init__(self, version, tokens, vocab_size, bfloat16=False, fused=True, batch=None, attend=None, wait=False):
-        self.version, self.tokens, self.batch, self.wait = version, tokens, batch or version.get_batch, wait
-        self.attend, self.count = attend or version.attend, 0
+    def __init__(self, version, tokens, vocab_size, bfloat16=False, fused=True, batch=None, attention=None, wait=False,
+                 keep=True):
+        self.keep, self.count = keep, 0
+        self.tokens, self.batch, self.wait = tokens, batch or version.get_batch, wait
+        self.attention = attention or version.CausalSelfAttention.forward
         torch.manual_seed(0)
-        self.model = version.LanguageModel(version.Config(), vocab_size).train()
-        self.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16)
+        self.version, self.model = version, version.LanguageModel(version.Config(), vocab_size).train()
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
         groups = [{"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": 0.5},
                   {"params": [p for p in self.model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=fused)
@@ -58,19 +61,26 @@ class Steps:
 
     def __call__(self):
         started = time.perf_counter()
-        with mock.patch.object(self.version, "attend", self.attend):
+        with mock.patch.object(self.version.CausalSelfAttention, "forward", self.attention):
             idx, targets = self.batch(self.tokens, self.model.config, self.count)
-            with self.autocast():
+            with self.autocast:
                 _, loss = self.model(idx, targets)
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.total += loss.detach() + 0 * norm
+        self.total += loss.detach()
         if self.wait:
             self.total.item()
         self.count += 1
         return time.perf_counter() - started
+
+
+def keep_freed_memory(keep):
+    """With glibc: as the scripts set it for training, or as glibc has it (an M_MMAP_THRESHOLD of 128 KiB)."""
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25 if keep else 2**17), mallopt(-1, 2**31 - 1 if keep else 2**17)
 
 
 def take_turns(variants):
@@ -78,13 +88,28 @@ def take_turns(variants):
     seconds = {name: [] for name in variants}
     for _ in range(ROUNDS):
         for name, steps in variants.items():
+            keep_freed_memory(steps.keep)
             seconds[name] += [steps() for _ in range(STEPS)][1:]
     return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
 
 
-def plain_attend(q, k, v, mask):
-    """Attention in whatever precision autocast has: bfloat16."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def attention_in_bfloat16(self, x, encoding, cache=None):
+    """v2's attention without its change to float32: in whatever precision autocast has, bfloat16."""
+    B, T, C = x.shape
+    q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(C, dim=2))
+    q, k = v2.rotate(q, encoding), v2.rotate(k, encoding)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return self.projection(y.transpose(1, 2).reshape(B, T, C))
+
+
+def attention_written_out(self, x, encoding, cache=None):
+    """v2's attention in v1's plain lines."""
+    B, T, C = x.shape
+    q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(C, dim=2))
+    scores = v2.rotate(q, encoding) @ v2.rotate(k, encoding).transpose(2, 3) / math.sqrt(C // self.n_head)
+    later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    y = scores.masked_fill(later, -math.inf).softmax(dim=3) @ v
+    return self.projection(y.transpose(1, 2).reshape(B, T, C))
 
 
 @contextmanager
@@ -94,7 +119,7 @@ def training_beside(**environment):
         command = [sys.executable, str(ROOT / "v2_bpe_rope.py"), "--out", str(Path(folder, "run")), "--device", "cpu"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
         try:
-            while not process.stdout.readline().startswith("budget"):  # the last line before it trains
+            while not process.stdout.readline().startswith("    step"):  # the last line before it trains
                 assert process.poll() is None, "the training beside did not start"
             time.sleep(1)
             yield
@@ -108,14 +133,14 @@ def step_starts(version, steps, **environment):
     code = f"""if True:
         import json, os, sys, time
         import {version.__name__} as version
-        rate, times = version.learning_rate, []
-        def learning_rate(step, config):
+        original, times = version.get_batch, []
+        def get_batch(tokens, config, step):
             times.append(time.time())
             if step == {steps}:
                 print(json.dumps(times), flush=True)
                 os._exit(0)
-            return rate(step, config)
-        version.learning_rate = learning_rate
+            return original(tokens, config, step)
+        version.get_batch = get_batch
         version.main(sys.argv[1:])"""
     with tempfile.TemporaryDirectory() as folder:
         started = time.time()
@@ -145,12 +170,15 @@ def main():
     ms = take_turns({
         "v2_bpe_rope as it is": as_it_is,
         f"matrix products in {'float32' if native else 'bfloat16'}": variant(bfloat16=not native),
-        "attention in bfloat16, too": variant(bfloat16=True, attend=plain_attend),
+        "attention in bfloat16, too": variant(bfloat16=True, attention=attention_in_bfloat16),
+        "attention written out, as in v1": variant(attention=attention_written_out),
+        "freed memory given back to the system": variant(keep=False),
         "the optimizer without `fused=True`": variant(fused=False),
         "the batch put together row by row": variant(batch=one_by_one),
         "the loss read at every step": variant(wait=True),
         "v1_transformer as it is": variant(v1),
         "v3_alibi as it is": variant(v3),
+        "v3_alibi, freed memory given back": variant(v3, keep=False),
     })
     row("training step", "milliseconds", "beside v2")
     print("|---|---:|---:|")

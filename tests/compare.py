@@ -42,12 +42,11 @@ def collect(folder):
     """The results of all finished runs below a folder, measured on one text: {"machine", "runs", "curves"}."""
     runs, curves = [], []
     for path in sorted(folder.glob("*/result.json")):
-        if not path.parent.name.endswith(".previous"):
-            result = json.loads(path.read_text())
-            runs.append(result)
-            for row in csv.DictReader(path.with_name("log.csv").open()):
-                numbers = [int(row["step"]), float(row["seconds"]), float(row["bits_per_byte"])]
-                curves.append([result["version"], result["seed"], *numbers])
+        result = json.loads(path.read_text(encoding="utf-8"))
+        runs.append(result)
+        for row in csv.DictReader(path.with_name("log.csv").read_text(encoding="utf-8").splitlines()):
+            numbers = [int(row["step"]), float(row["seconds"]), float(row["bits_per_byte"])]
+            curves.append([result["version"], result["seed"], *numbers])
     if len({run["validation_sha256"] for run in runs}) > 1:
         sys.exit(f"compare: error: the runs in {folder} were measured on different texts")
     if not runs:
@@ -120,13 +119,14 @@ def diffs():
 
 
 def mean_curves(results, x):
-    """{version: [(x, bits per byte), ...]}, the mean over the seeds of what each evaluation found; x: "step", "seconds"."""
+    """{version: [(x, bits per byte), ...]}, the mean over the seeds at each evaluation but that of step 0, which would
+    flatten the rest; x: "step" or "seconds"."""
     curves = {}
     for version in VERSIONS:
         by_step = {}
         for row in results["curves"]:
             row = dict(zip(CURVE_COLUMNS, row))
-            if row["version"] == version:
+            if row["version"] == version and row["step"] > 0:
                 by_step.setdefault(row["step"], []).append((row[x], row["bits_per_byte"]))
         if by_step:
             curves[version] = [tuple(map(statistics.mean, zip(*points))) for _, points in sorted(by_step.items())]

@@ -19,10 +19,15 @@ TRANSFORMERS = VERSIONS[1:]
 TINY = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 300}
 
 
-def tiny_config(version, **settings):
-    """A Config with tiny settings, those of them that the version has."""
+def tiny_settings(version, settings):
+    """The tiny settings and these, as far as the version has them."""
     fields = version.Config.__dataclass_fields__
-    return version.Config(**{k: v for k, v in {**TINY, **settings}.items() if k in fields})
+    return {name: value for name, value in {**TINY, **settings}.items() if name in fields}
+
+
+def tiny_config(version, **settings):
+    """A Config with tiny settings."""
+    return version.Config(**tiny_settings(version, settings))
 
 
 def tiny_model(version, vocab_size=50, seed=0, **settings):
@@ -36,10 +41,9 @@ def tiny_model(version, vocab_size=50, seed=0, **settings):
 
 
 def tiny_flags(version, **settings):
-    """The same settings as command line flags."""
-    fields = version.Config.__dataclass_fields__
-    pairs = [(k, v) for k, v in {**TINY, **settings}.items() if k in fields]
-    return [part for k, v in pairs for part in ("--" + k.replace("_", "-"), str(v))]
+    """The tiny settings as command line flags."""
+    pairs = tiny_settings(version, settings).items()
+    return [part for name, value in pairs for part in ("--" + name.replace("_", "-"), str(value))]
 
 
 def run(version, *argv):
@@ -62,14 +66,14 @@ def ids(version):
 
 @pytest.fixture(scope="session")
 def text():
-    return (ROOT / "input.txt").read_text()[:60_000]
+    return (ROOT / "input.txt").read_text(encoding="utf-8")[:60_000]
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory, text):
     """A file with the first 60,000 characters of our corpus."""
     path = tmp_path_factory.mktemp("data") / "small.txt"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -77,24 +81,9 @@ def small(tmp_path_factory, text):
 def trained(tmp_path_factory, small):
     """A finished tiny run of every version: {version: its folder}."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = {}
-    for version in VERSIONS:
-        runs[version] = folder / version.__name__
-        status, out, err = run(
-            version,
-            "--data",
-            small,
-            "--out",
-            runs[version],
-            "--dtype",
-            "float32",
-            "--steps",
-            30,
-            "--eval-interval",
-            10,
-            "--max-new-tokens",
-            20,
-            *tiny_flags(version),
-        )
+    runs = {version: folder / version.__name__ for version in VERSIONS}
+    for version, out_folder in runs.items():
+        flags = ["--data", small, "--out", out_folder, "--dtype", "float32", "--max-new-tokens", 20]
+        status, out, err = run(version, *flags, *tiny_flags(version, steps=30, eval_interval=10))
         assert status == 0, err
     return runs

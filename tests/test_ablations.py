@@ -60,13 +60,13 @@ def test_without_positions_the_order_of_earlier_tokens_is_lost():
 def test_sinusoids_are_those_of_the_paper():
     """Vaswani et al. 2017: PE(t, 2i) = sin(t / 10000^(2i / C)), PE(t, 2i + 1) = cos(...), here scaled."""
     model = ablations.SinusoidalPositions(tiny_config(v2_bpe_rope), 50)
-    vectors = model.positions(3, 9) / (0.02 * math.sqrt(2))
+    vectors = model.positional_encoding(3, 9) / (0.02 * math.sqrt(2))
     for t in range(3, 9):
         for i in range(16):
             angle = t / 10000 ** (2 * i / 32)
             expected = torch.tensor([math.sin(angle), math.cos(angle)])
             torch.testing.assert_close(vectors[t - 3, 2 * i:2 * i + 2], expected, atol=1e-5, rtol=1e-5)
-    assert model.positions(0, 1000).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-3)
+    assert model.positional_encoding(0, 1000).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-3)
 
 
 def test_slopes_are_multiples_of_the_papers():

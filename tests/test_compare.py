@@ -18,11 +18,11 @@ def test_it_trains_and_prints_the_table(tmp_path, small):
     command += ["--eval-interval", "10"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "-- v2_bpe_rope, seed 2 --" in done.stderr and "step 20:" in done.stderr
+    assert "-- v2_bpe_rope, seed 2 --" in done.stderr and "\n      20 " in done.stderr
     results = json.loads((tmp_path / "runs/results.json").read_text())
     assert len(results["runs"]) == 4 and done.stdout.startswith(compare.markdown(results))
     rows = (tmp_path / "runs/curves.csv").read_text().splitlines()
-    assert rows[0] == "version,seed,step,seconds,bits_per_byte" and len(rows) == 1 + 4 * 2
+    assert rows[0] == "version,seed,step,seconds,bits_per_byte" and len(rows) == 1 + 4 * 3
     again = [sys.executable, "-m", "tests.compare", "--results", str(tmp_path / "runs/results.json")]
     assert subprocess.run(again, capture_output=True, text=True, cwd=ROOT).stdout == done.stdout
     picture = tmp_path / "curves.png"
