@@ -43,7 +43,7 @@ class Config:
 
     block_size: int = 64  # context length: the number of tokens the model is trained to read at once
     batch_size: int = 12  # rows (of block_size tokens) in one step
-    steps: int = 4000  # training steps
+    steps: int = 3000  # training steps
     learning_rate: float = 2e-2  # highest learning rate, reached at the end of the warm-up
     warmup_steps: int = 100  # steps over which the learning rate rises
     weight_decay: float = 0.0  # how strongly AdamW pulls weight matrices towards zero
@@ -421,7 +421,7 @@ def train(run, args):
     if RANK == 0 and not args.resume:  # only now, since --init-from may be one of the files to move
         set_aside(run.out)
     say(f"{'step':>8}{'train loss':>12}{'val loss':>10}{'perplexity':>12}{'bits per byte':>15}{'tokens/s':>11}")
-    if not run.log:  # before training, the loss should be close to that of equally likely tokens, ln V
+    if not run.log:  # before training, the loss should be near ln V, that of V equally likely tokens
         evaluate_and_save(run, optimizer)
     total, started = torch.zeros((), device=run.device), time.perf_counter()
     bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, disable=RANK > 0 or None)

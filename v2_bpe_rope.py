@@ -53,8 +53,8 @@ class Config:
     n_embd: int = 128  # channels: the size of the vector of a token
     dropout: float = 0.0  # fraction of activations set to zero at random in training, to reduce overfitting
     batch_size: int = 12  # rows (of block_size tokens) in one step
-    steps: int = 4000  # training steps
-    learning_rate: float = 4e-3  # highest learning rate, reached at the end of the warm-up
+    steps: int = 3000  # training steps
+    learning_rate: float = 3e-3  # highest learning rate, reached at the end of the warm-up
     warmup_steps: int = 100  # steps over which the learning rate rises
     weight_decay: float = 0.5  # how strongly AdamW pulls weight matrices towards zero
     grad_clip: float = 1.0  # the gradient is clipped to this norm
@@ -170,13 +170,14 @@ class LanguageModel(nn.Module):
         # A rotation acts on a pair of channels, so there are D / 2 frequencies, in radians per position. The first, 1,
         # tells neighbors apart; the base 10000 makes the last (1 / 3162 if D = 16) tell thousands of positions apart.
         self.register_buffer("frequencies", 10000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)  # D / 2
-        # GPT-2's initialization. N = 2 * n_layer projections add to x, and the sum of N independent outputs grows with
-        # sqrt(N). Dividing their weights by it makes the size of x before training independent of the depth.
+        # A standard deviation of 1 / sqrt(C) makes outputs about as large as inputs. As in GPT-2, projections start
+        # smaller: N = 2 * n_layer of them add to x, and the sum of N independent outputs grows with sqrt(N). Dividing
+        # by it makes the size of x before training independent of the depth.
         for name, weight in self.named_parameters():
             if name.endswith("projection.weight"):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(weight, std=(2 * config.n_layer * config.n_embd) ** -0.5)
             elif weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
+                nn.init.normal_(weight, std=config.n_embd ** -0.5)
 
     def positional_encoding(self, start, end):
         """Return e^(i t f) for positions t from start up to end - 1 and every frequency f, complex (T, D / 2)."""
@@ -519,7 +520,7 @@ def train(run, args):
     if RANK == 0 and not args.resume:  # only now, since --init-from may be one of the files to move
         set_aside(run.out)
     say(f"{'step':>8}{'train loss':>12}{'val loss':>10}{'perplexity':>12}{'bits per byte':>15}{'tokens/s':>11}")
-    if not run.log:  # before training, the loss should be close to that of equally likely tokens, ln V
+    if not run.log:  # before training, the loss should be near ln V, that of V equally likely tokens
         evaluate_and_save(run, optimizer)
     total, started = torch.zeros((), device=run.device), time.perf_counter()
     bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, disable=RANK > 0 or None)

@@ -1,6 +1,6 @@
 """What each idea buys: the same model trained again with one thing changed, every row for the same number of steps.
 
-    python -m tests.ablations                                    all tables: 2,000 steps, seeds 1 2 3
+    python -m tests.ablations                                    all tables: 1,000 steps, seeds 1 2 3
     python -m tests.ablations --tables vocabulary --steps 500    one table, shorter
     python -m tests.ablations --results FILE                     no training: the tables of a results file
 
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 from unittest import mock
@@ -22,11 +23,15 @@ import v1_transformer as v1  # before torch, for which it makes a setting
 import v2_bpe_rope as v2
 import v3_alibi as v3
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.compare import ROOT, machine, mean_and_spread
+from tests.compare import ROOT, chart, machine, markdown_table, mean_and_spread
 from tests.scaffold_bpe import ScaffoldBPE, train_scaffold_bpe
+
+
+WINDOWS = (1, 2, 4, 8, 16)  # lengths of the evaluation's windows, in trained contexts
 
 
 # -- what replaces rotary positions in v2 --
@@ -58,7 +63,7 @@ class LearnedPositions(WithVectors):
     def __init__(self, config, vocab_size):
         super().__init__(config, vocab_size)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=config.n_embd ** -0.5)
 
     def positional_encoding(self, start, end):
         if end > self.config.block_size:
@@ -67,13 +72,13 @@ class LearnedPositions(WithVectors):
 
 
 class SinusoidalPositions(WithVectors):
-    """Sines and cosines of wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017), as large as the token vectors are
-    at the start. (Larger ones did worse when we tried.)"""
+    """Sines and cosines of wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017), as large as the tokens'
+    vectors are at the start."""
 
     def positional_encoding(self, start, end):
         C, device = self.config.n_embd, self.token_embedding.weight.device
         angles = torch.outer(torch.arange(start, end), 10000.0 ** (-torch.arange(0, C, 2) / C)).to(device)
-        return 0.02 * math.sqrt(2) * torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+        return math.sqrt(2 / C) * torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
 def slopes_times(factor):
@@ -157,56 +162,94 @@ def train(row, seed, args):
     command = ["--data", str(args.data), "--steps", str(args.steps), "--seed", str(seed), "--out", str(folder)]
     command += ["--eval-interval", str(args.steps), "--max-new-tokens", "0", *args.flags, *flags]
     made_by = folder / "command.json"  # written when the run is complete
-    if made_by.exists() and json.loads(made_by.read_text()) == command:
+    if made_by.exists() and json.loads(made_by.read_text(encoding="utf-8")) == command:
         return folder
     print(f"\n-- {' '.join(command)} --", file=sys.stderr, flush=True)
     with replaced_in(program, replaced), contextlib.redirect_stdout(sys.stderr):
         if status := program.main(command):
             sys.exit(status)
-    made_by.write_text(json.dumps(command))
+    made_by.write_text(json.dumps(command), encoding="utf-8")
     return folder
+
+
+def longer_windows(row, folder, data):
+    """{"1": bits per byte with windows of the trained context, "2": twice as long, ..., "16"}: the figure of the ALiBi
+    paper. None where a model cannot read that far."""
+    program, replaced, _ = row
+    with replaced_in(program, replaced):
+        model, tokenizer, config = program.load(folder / "best.pt")
+        train_text, text = program.read_texts(data)
+        tokens = np.concatenate((tokenizer.encode_to_array(train_text)[-1:], tokenizer.encode_to_array(text)))
+        bits = {}
+        for times in WINDOWS:
+            try:
+                loss = program.evaluate(model, torch.from_numpy(tokens), times * config.block_size)
+            except v2.UserError:
+                loss = None
+            bits[str(times)] = loss and loss * (len(tokens) - 1) / len(text.encode()) / math.log(2)
+        return bits
+
+
+def read(folder):
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 def table(title, rows):
     """One table; {row: [the result.json of each seed]}."""
-    lines = [f"| {title} | parameters | tokens per byte | bits per byte | at 2x context | at 4x | seconds |",
-             "|---|---:|---:|---:|---:|---:|---:|"]
+    times = WINDOWS if title == "positions" else WINDOWS[:3]
+    cells = {}
     for row, runs in rows.items():
-        context = [[run["context_bits_per_byte"][times] for run in runs] for times in "124"]
-        columns = [f"{runs[0]['parameters']:,}", mean_and_spread([run["tokens_per_byte"] for run in runs[:1]], 3),
-                   *(mean_and_spread(bits, 3) for bits in context),
-                   mean_and_spread([run["train_seconds"] for run in runs], 0)]
-        lines.append(f"| {row} | " + " | ".join(columns) + " |")
-    return "\n".join(lines)
+        bits = [run.get("windows", run["context_bits_per_byte"]) for run in runs]
+        cells[row] = [f"{runs[0]['parameters']:,}", f"{runs[0]['tokens_per_byte']:.3f}",
+                      *(mean_and_spread([b[str(t)] for b in bits], 3) for t in times)]
+    return markdown_table([title, "parameters", "tokens per byte", "bits per byte", "at 2x context",
+                           *(f"at {t}x" for t in times[2:])], cells)
 
 
-def budget(results):
-    """What all rows have in common, in words."""
-    runs = next(iter(next(iter(results["tables"].values())).values()))
+def chart_of_positions(rows):
+    """Bits per byte against the length of the windows, as a Mermaid chart: each step on the axis doubles the length."""
+    curves = {}
+    for row, runs in rows.items():
+        if runs[0]["windows"]["16"] is not None:
+            bits = [statistics.mean(run["windows"][str(times)] for run in runs) for times in WINDOWS]
+            curves[row] = list(zip(range(len(WINDOWS)), bits))
+    return chart(curves, "doublings of the trained context", points=len(WINDOWS))
+
+
+def budget(rows, machine):
+    """What all rows of a table have in common, in words."""
+    runs = next(iter(rows.values()))
     run = runs[0]
-    return f"`{run['data']}`, {run['steps']:,} steps, {len(runs)} seeds, {run['dtype']}; {results['machine']}."
+    return f"`{run['data']}`, {run['steps']:,} steps, {len(runs)} seeds, {run['dtype']}; {machine}."
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="ablations", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which ones (default: all)")
-    parser.add_argument("--steps", type=int, default=2000, help="steps of each run (default 2000)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each run (default 1000)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="one run of each row for each of these")
     parser.add_argument("--data", type=Path, default=ROOT / "input.txt", help="text to learn (default input.txt)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="where the runs are written")
     parser.add_argument("--results", type=Path, metavar="FILE", help="train nothing, take this results.json")
-    args, args.flags = parser.parse_known_args()
+    args, args.flags = parser.parse_known_args(argv)
     if args.results:
-        results = json.loads(args.results.read_text())
+        results = json.loads(args.results.read_text(encoding="utf-8"))
     else:
         results = {"machine": machine(), "tables": {}}
         for title in args.tables:
             folders = {row: [train(TABLES[title][row], seed, args) for seed in args.seeds] for row in TABLES[title]}
-            results["tables"][title] = {row: [json.loads((folder / "result.json").read_text()) for folder in runs]
-                                        for row, runs in folders.items()}
-        (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    print("\n\n".join([*(table(*item) for item in results["tables"].items()), budget(results)]))
+            rows = results["tables"][title] = {}
+            for row, runs in folders.items():
+                rows[row] = [read(folder) for folder in runs]
+                for folder, result in zip(runs, rows[row]) if title == "positions" else ():
+                    result["windows"] = longer_windows(TABLES[title][row], folder, args.data)
+        (args.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    parts = [part for title, rows in results["tables"].items()
+             for part in (table(title, rows), budget(rows, results["machine"]))]
+    if positions := results["tables"].get("positions"):
+        parts.append(chart_of_positions(positions))
+    print("\n\n".join(parts))
 
 
 if __name__ == "__main__":

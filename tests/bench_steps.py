@@ -1,6 +1,6 @@
 """How long a training step takes on this machine, and what each choice in it is worth.
 
-    python -m tests.bench_steps
+    python -m tests.bench_steps --save tests/results/steps.json
 
 Models with the default settings train on input.txt. All variants take turns, a few steps each, and each figure is
 the median of what a variant's step took, so that whatever else the machine does slows all of them alike. Writes Markdown.
@@ -30,8 +30,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tests.compare import ROOT, machine
+from tests.compare import ROOT, machine, markdown_table
 
+AS_IT_IS = "v2_bpe_rope as it is"
 ROUNDS, STEPS = 25, 8  # each variant takes ROUNDS turns of STEPS steps, of which the first is not counted
 
 
@@ -150,25 +151,21 @@ def step_starts(version, steps, **environment):
     return [at - started for at in json.loads(done.stdout.splitlines()[-1])]
 
 
-def row(*cells):
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def main():
+def measure():
+    """All figures: {"machine", "steps", "alone" and "beside" in milliseconds, "evaluating", "saving", "starts" in seconds}."""
     train_text, validation_text = v2.read_texts(ROOT / "input.txt")
     tokenizers = {v1: v1.train_tokenizer(train_text, v1.Config()), v2: v2.train_tokenizer(train_text, v2.Config())}
     tokenizers[v3] = tokenizers[v2]
     tokens = {v: torch.from_numpy(tokenizer.encode_to_array(train_text)) for v, tokenizer in tokenizers.items()}
-    print(f"{machine()}\n")
-
     native = v2.pick_device(argparse.Namespace(device="cpu", dtype="auto"))[1] == "bfloat16"
 
     def variant(version=v2, bfloat16=native, **change):
         return Steps(version, tokens[version], tokenizers[version].vocab_size, bfloat16, **change)
 
     as_it_is = variant()
-    ms = take_turns({
-        "v2_bpe_rope as it is": as_it_is,
+    results = {"machine": machine()}
+    results["steps"] = take_turns({
+        AS_IT_IS: as_it_is,
         f"matrix products in {'float32' if native else 'bfloat16'}": variant(bfloat16=not native),
         "attention in bfloat16, too": variant(bfloat16=True, attention=attention_in_bfloat16),
         "attention written out, as in v1": variant(attention=attention_written_out),
@@ -180,11 +177,6 @@ def main():
         "v3_alibi as it is": variant(v3),
         "v3_alibi, freed memory given back": variant(v3, keep=False),
     })
-    row("training step", "milliseconds", "beside v2")
-    print("|---|---:|---:|")
-    for name, time_of_it in ms.items():
-        row(name, f"{time_of_it:.1f}", f"{time_of_it / ms['v2_bpe_rope as it is']:.2f}")
-
     validation = torch.from_numpy(tokenizers[v2].encode_to_array(validation_text))
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -192,26 +184,46 @@ def main():
             started = time.perf_counter()
             v2.evaluate(as_it_is.model, validation, v2.Config.block_size, as_it_is.autocast)
             evaluated = time.perf_counter()
-            for name, more in (("best.pt", {}), ("last.pt", {"run": as_it_is.optimizer.state_dict()})):
-                v2.save_checkpoint(Path(folder, name), as_it_is.model, tokenizers[v2], **more)
+            for name, state in (("best.pt", None), ("last.pt", {"optimizer": as_it_is.optimizer.state_dict()["state"]})):
+                v2.save_checkpoint(Path(folder, name), as_it_is.model, tokenizers[v2], state)
             seconds.append((evaluated - started, time.perf_counter() - evaluated))
-    evaluating, saving = map(statistics.median, zip(*seconds))
-    between = v2.Config.eval_interval * ms["v2_bpe_rope as it is"] / 1000
-    print(f"\nAn evaluation of v2_bpe_rope takes {evaluating:.2f} s and saving {saving:.2f} s, after every {between:.1f} s "
-          f"of training: {evaluating / between:.1%} and {saving / between:.1%} of it.\n")
-
-    row("two trainings at once on this machine", "milliseconds a step")
-    print("|---|---:|")
-    for name, count in (("v2_bpe_rope as it is", "3000"), ("threads that spin as long as libgomp has it", "300000")):
+    results["evaluating"], results["saving"] = map(statistics.median, zip(*seconds))
+    results["beside"] = {}
+    for name, count in ((AS_IT_IS, "3000"), ("threads that spin as long as libgomp has it", "300000")):
         with training_beside(GOMP_SPINCOUNT=count):
             starts = step_starts(v2, 15, GOMP_SPINCOUNT=count)
-        row(name, f"{1000 * statistics.median(b - a for a, b in zip(starts[5:], starts[6:])):.0f}")
+        results["beside"][name] = 1000 * statistics.median(b - a for a, b in zip(starts[5:], starts[6:]))
+    results["starts"] = {version.__name__: statistics.median(step_starts(version, 1)[1] for _ in range(5))
+                         for version in (v0, v1, v2, v3)}
+    return results
 
-    print()
-    row("whole program", "seconds from its start to the end of its first step")
-    print("|---|---:|")
-    for version in (v0, v1, v2, v3):
-        row(version.__name__, f"{statistics.median(step_starts(version, 1)[1] for _ in range(5)):.2f}")
+
+def markdown(results):
+    """All tables; a pure function of the results."""
+    steps = results["steps"]
+    between = v2.Config.eval_interval * steps[AS_IT_IS] / 1000
+    return "\n\n".join([
+        results["machine"] + ".",
+        markdown_table(["training step", "milliseconds", "ratio to v2"],
+                       {name: [f"{ms:.1f}", f"{ms / steps[AS_IT_IS]:.2f}"] for name, ms in steps.items()}),
+        f"An evaluation of v2_bpe_rope takes {results['evaluating']:.2f} s and saving {results['saving']:.2f} s, after "
+        f"every {between:.1f} s of training: {results['evaluating'] / between:.1%} and {results['saving'] / between:.1%}.",
+        markdown_table(["two trainings at once on this machine", "milliseconds a step"],
+                       {name: [f"{ms:.0f}"] for name, ms in results["beside"].items()}),
+        markdown_table(["whole program", "seconds from its start to the end of its first step"],
+                       {name: [f"{seconds:.2f}"] for name, seconds in results["starts"].items()}),
+    ])
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="bench_steps", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write all numbers to this file")
+    args = parser.parse_args()
+    results = measure()
+    if args.save:
+        args.save.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(markdown(results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The tokenizer beside the Rust libraries, in one run on one core: a Markdown table for the README.
+"""The tokenizer beside the Rust libraries, in one run on one core: Markdown tables.
 
     python -m pip install tokenizers tiktoken rustbpe
-    python -m tests.bench_tokenizer
+    python -m tests.bench_tokenizer --save tests/results/tokenizer.json
 
 Every figure is the best of the same number of runs, taken in turns so that a busy machine is unfair to all of them
 alike. All libraries get the same call: a text in, a Python list of ids out, special tokens not looked for.
@@ -12,23 +12,22 @@ import os
 os.environ["RAYON_NUM_THREADS"] = "1"  # tokenizers and rustbpe would use all cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from bpe_tokenizer import BPETokenizer
+from tests.compare import ROOT, machine, markdown_table
 
-try:
+with suppress(ImportError):  # needed to measure, not for the tables of a results file
     import rustbpe
     import tiktoken
     import tokenizers
-except ImportError as missing:
-    sys.exit(f"{missing.name} is not installed: python -m pip install tokenizers tiktoken rustbpe")
 
 RUNS = 7
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -86,7 +85,8 @@ def growth(what, copies, state_file):
     return map(float, output.split())
 
 
-def main():
+def measure():
+    """{"megabytes", "training" and "encoding" in seconds, "growth": {what: [time ratio, memory ratio]}}"""
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
     megabytes = len(text.encode()) / 1e6
     ours = BPETokenizer.train(text, 1024)
@@ -99,13 +99,14 @@ def main():
     def nothing():
         return None
 
-    training = in_turns({
+    results = {"machine": machine(), "megabytes": megabytes, "growth": {}}
+    results["training"] = in_turns({
         "ours": (nothing, lambda _: BPETokenizer.train(text, 1024)),
         "ours 4096": (nothing, lambda _: BPETokenizer.train(text, 4096)),
         "tokenizers": (nothing, lambda _: train_tokenizers(text, 1024)),
         "rustbpe": (nothing, lambda _: train_rustbpe(text, 1024)),
     })
-    encoding = in_turns({
+    results["encoding"] = in_turns({
         "first": (lambda: BPETokenizer.from_state(ours.state()), lambda fresh: fresh.encode(text)),
         "ours": (nothing, lambda _: ours.encode(text)),
         "array": (nothing, lambda _: ours.encode_to_array(text)),
@@ -113,31 +114,54 @@ def main():
         "tiktoken": (nothing, lambda _: tik.encode_ordinary(text)),
         "rustbpe": (nothing, lambda _: rust.encode(text)),
     })
-    speed = {name: megabytes / seconds for name, seconds in encoding.items()}
-
-    print(f"`input.txt` ({megabytes:.2f} MB), vocabulary 1024, one core, best of {RUNS} runs\n")
-    print("| | training | encoding, first call | encoding, chunks seen |")
-    print("|---|---|---|---|")
-    print(f"| `bpe_tokenizer.py` | {training['ours']:.3f} s | {speed['first']:.1f} MB/s | {speed['ours']:.1f} MB/s |")
-    for name in "tokenizers", "tiktoken", "rustbpe":
-        seconds = f"{training[name]:.3f} s" if name in training else "-"
-        print(f"| {name} | {seconds} | {speed[name]:.1f} MB/s | {speed[name]:.1f} MB/s |")
-    print()
-    print("| measured | is | wanted |")
-    print("|---|---|---|")
-    print(f"| training: time over that of tokenizers | {training['ours'] / training['tokenizers']:.2f} | <= 0.5 |")
-    print(f"| training: time over that of rustbpe | {training['ours'] / training['rustbpe']:.2f} | |")
-    print(f"| training: vocabulary 4096 over 1024 | {training['ours 4096'] / training['ours']:.2f} | <= 2 |")
-    print(f"| encoding, first call: speed over tokenizers | {speed['first'] / speed['tokenizers']:.2f} | >= 4 |")
-    print(f"| encoding, chunks seen: speed over tiktoken | {speed['ours'] / speed['tiktoken']:.2f} | >= 0.9 |")
-    print(f"| encoding to an array, chunks seen: speed over tiktoken | {speed['array'] / speed['tiktoken']:.2f} | |")
     with tempfile.TemporaryDirectory() as folder:
         state_file = Path(folder, "bpe.json")
         ours.save(state_file)
-        for what, name in ("train", "training"), ("encode", "encoding to an array"):
+        for what in ("train", "encode"):
             (one, _), (ten, memory) = growth(what, 1, state_file), growth(what, 10, state_file)
-            print(f"| {name}: ten copies of the text, time over one | {ten / one:.1f} | <= 12 |")
-            print(f"| {name}: ten copies, peak memory over their size | {memory / (10e6 * megabytes):.1f} | <= 4 |")
+            results["growth"][what] = [ten / one, memory / (10e6 * megabytes)]
+    return results
+
+
+def markdown(results):
+    """All tables; a pure function of the results."""
+    training, growth = results["training"], results["growth"]
+    speed = {name: results["megabytes"] / seconds for name, seconds in results["encoding"].items()}
+    rows = {"`bpe_tokenizer.py`": [f"{training['ours']:.3f} s", f"{speed['first']:.1f} MB/s", f"{speed['ours']:.1f} MB/s"]}
+    for name in ("tokenizers", "tiktoken", "rustbpe"):
+        seconds = f"{training[name]:.3f} s" if name in training else "–"
+        rows[name] = [seconds, f"{speed[name]:.1f} MB/s", f"{speed[name]:.1f} MB/s"]
+    ratios = {
+        "training: time over that of tokenizers": training["ours"] / training["tokenizers"],
+        "training: time over that of rustbpe": training["ours"] / training["rustbpe"],
+        "training: vocabulary 4096 over 1024": training["ours 4096"] / training["ours"],
+        "encoding, first call: speed over tokenizers": speed["first"] / speed["tokenizers"],
+        "encoding, chunks seen: speed over tiktoken": speed["ours"] / speed["tiktoken"],
+        "encoding to an array, chunks seen: speed over tiktoken": speed["array"] / speed["tiktoken"],
+        "training: ten copies of the text, time over one": growth["train"][0],
+        "training: ten copies, peak memory over their size": growth["train"][1],
+        "encoding to an array: ten copies of the text, time over one": growth["encode"][0],
+        "encoding to an array: ten copies, peak memory over their size": growth["encode"][1],
+    }
+    return "\n\n".join([
+        markdown_table(["", "training", "encoding, first call", "encoding, chunks seen before"], rows),
+        markdown_table(["ratio", ""], {name: [f"{ratio:.2f}"] for name, ratio in ratios.items()}),
+        f"`input.txt` ({results['megabytes']:.2f} MB), vocabulary 1024, one core, best of {RUNS} runs; {results['machine']}.",
+    ])
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="bench_tokenizer", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write all numbers to this file")
+    args = parser.parse_args()
+    if missing := {"rustbpe", "tiktoken", "tokenizers"} - globals().keys():
+        sys.exit(f"bench_tokenizer: error: not installed: {', '.join(sorted(missing))}; python -m pip install tokenizers "
+                 "tiktoken rustbpe")
+    results = measure()
+    if args.save:
+        args.save.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(markdown(results))
 
 
 if __name__ == "__main__":

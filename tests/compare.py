@@ -7,12 +7,13 @@
 
 What it does not know it passes on to the scripts (for example --batch-size 24). It prints the comparison table (mean
 and standard deviation over the seeds), the size of the diffs between neighbours, and the loss curves as charts that
-GitHub draws; the curves also go to OUT/curves.csv, and all numbers to OUT/results.json, from which --results makes the
-same Markdown again.
+GitHub draws; the curves also go to OUT/curves.csv, all numbers to OUT/results.json, from which --results makes the same
+Markdown again, and OUT/page.html shows what changed and what each model sees (see tests/page.py).
 """
 
 import argparse
 import csv
+import difflib
 import json
 import math
 import platform
@@ -23,34 +24,50 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ["v0_bigram", "v1_transformer", "v2_bpe_rope", "v3_alibi"]
-COLORS = {"v0_bigram": "#888888", "v1_transformer": "#d62728", "v2_bpe_rope": "#1f77b4", "v3_alibi": "#2ca02c"}
+COLORS = {"v0_bigram": ("grey", "#888888"), "v1_transformer": ("red", "#d62728"), "v2_bpe_rope": ("blue", "#1f77b4"),
+          "v3_alibi": ("green", "#2ca02c")}
 CURVE_COLUMNS = ["version", "seed", "step", "seconds", "bits_per_byte"]
 
 
 def train(versions, seeds, out, flags):
-    """Run every version with every seed, one after the other; each shows its own progress."""
+    """Run every version with every seed, one after the other; each shows its own progress. Returns their folders."""
     for seed in seeds:
         for version in versions:
             command = [sys.executable, str(ROOT / f"{version}.py"), "--seed", str(seed), *flags]
             print(f"\n-- {version}, seed {seed} --", file=sys.stderr, flush=True)
-            command += ["--out", str(out / f"{version}-{seed}"), "--max-new-tokens", "0"]
+            command += ["--out", str(out / f"{version}-{seed}")]
             if subprocess.run(command, stdout=sys.stderr).returncode:
                 sys.exit(f"compare: error: {version} did not finish; its message is above")
+    return [out / f"{version}-{seed}" for version in versions for seed in seeds]
 
 
-def collect(folder):
-    """The results of all finished runs below a folder, measured on one text: {"machine", "runs", "curves"}."""
+def settings(steps, data, flags):
+    """The flags of every run. Short runs are evaluated ten times, unless --eval-interval is among the flags."""
+    known = ["--steps", str(steps)] * (steps is not None) + ["--data", data] * (data is not None)
+    if steps is not None and steps < 5000 and not any(flag.startswith("--eval-interval") for flag in flags):
+        known += ["--eval-interval", str(max(1, steps // 10))]
+    return known + flags
+
+
+def collect(folders):
+    """The results of the runs in these folders, measured on one text: {"machine", "runs", "curves"}."""
     runs, curves = [], []
-    for path in sorted(folder.glob("*/result.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        runs.append(result)
-        for row in csv.DictReader(path.with_name("log.csv").read_text(encoding="utf-8").splitlines()):
-            numbers = [int(row["step"]), float(row["seconds"]), float(row["bits_per_byte"])]
-            curves.append([result["version"], result["seed"], *numbers])
+    for folder in sorted(folders):
+        try:
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            for row in csv.DictReader((folder / "log.csv").read_text(encoding="utf-8").splitlines()):
+                numbers = [int(row["step"]), float(row["seconds"]), float(row["bits_per_byte"])]
+                curves.append([result["version"], result["seed"], *numbers])
+            config = {**result["config"], "seed": 0}
+            runs.append({**result, "settings": json.dumps([result["version"], result["init_from"], config])})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            sys.exit(f"compare: error: {folder} does not hold a run of these scripts ({error!r:.200})")
+    if len({run.pop("settings") for run in runs}) > len({run["version"] for run in runs}):
+        sys.exit("compare: error: runs of one version differ in more than their seed: put them into different folders")
     if len({run["validation_sha256"] for run in runs}) > 1:
-        sys.exit(f"compare: error: the runs in {folder} were measured on different texts")
+        sys.exit("compare: error: the runs were measured on different texts")
     if not runs:
-        sys.exit(f"compare: error: there is no finished run in {folder}")
+        sys.exit("compare: error: there is no finished run")
     return {"machine": machine(), "runs": runs, "curves": curves}
 
 
@@ -76,46 +93,47 @@ def mean_and_spread(numbers, digits):
     return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
 
 
-def table(results):
-    """The comparison, one line for each version."""
-    lines = [
-        "| version | parameters | val loss | perplexity | bits per byte | nats per byte | at 2x context | at 4x | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+def markdown_table(columns, rows, align="---:"):
+    """The names of all columns, then {first cell: the other cells}."""
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + f"{align}|" * (len(columns) - 1)]
+    return "\n".join(lines + ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()])
+
+
+def table(results, nats_per_byte=False, seconds=True):
+    """The comparison, one line for each version. On ASCII text, nats per byte are nats per character."""
+    rows = {}
     for version in VERSIONS:
         runs = [run for run in results["runs"] if run["version"] == version]
         if not runs:
             continue
-        nats = [run["bits_per_byte"] * math.log(2) for run in runs]
-        columns = [
+        rows[version] = [
             f"{runs[0]['parameters']:,}",
             mean_and_spread([run["val_loss"] for run in runs], 4),
-            mean_and_spread([run["perplexity"] for run in runs], 2),
+            *([mean_and_spread([run["bits_per_byte"] * math.log(2) for run in runs], 4)] if nats_per_byte else []),
             mean_and_spread([run["bits_per_byte"] for run in runs], 4),
-            mean_and_spread(nats, 4),
             mean_and_spread([run["context_bits_per_byte"]["2"] for run in runs], 4),
             mean_and_spread([run["context_bits_per_byte"]["4"] for run in runs], 4),
-            mean_and_spread([run["train_seconds"] for run in runs], 0),
+            *([mean_and_spread([run["train_seconds"] for run in runs], 0)] if seconds else []),
         ]
-        lines.append(f"| {version} | " + " | ".join(columns) + " |")
+    columns = ["version", "parameters", "val loss", *(["nats per byte"] if nats_per_byte else []), "bits per byte",
+               "at 2x context", "at 4x", *(["seconds"] if seconds else [])]
     run = results["runs"][0]
-    seeds = sorted({run["seed"] for run in results["runs"]})
-    lines += [
-        "",
-        f"`{run['data']}`, {run['steps']:,} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}, {run['dtype']}; "
-        f"{results['machine']}.",
-    ]
-    return "\n".join(lines)
+    seeds = len({run["seed"] for run in results["runs"]})
+    return (f"{markdown_table(columns, rows)}\n\n`{run['data']}`, {run['steps']:,} steps, {seeds} "
+            f"seed{'s' * (seeds > 1)}, {run['dtype']}; {results['machine']}.")
+
+
+def diff_size(old, new):
+    """Lines added and removed from one script to another. (A test holds the numbers to those of git.)"""
+    files = [(ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines() for name in (old, new)]
+    signs = [line[0] for line in difflib.ndiff(*files)]
+    return signs.count("+"), signs.count("-")
 
 
 def diffs():
     """How many lines change from each version to the next."""
-    lines = ["| from | to | added | removed |", "|---|---|---:|---:|"]
-    for old, new in zip(VERSIONS, VERSIONS[1:]):
-        command = ["git", "diff", "--no-index", "--numstat", f"{old}.py", f"{new}.py"]
-        added, removed, *_ = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.split()
-        lines.append(f"| {old} | {new} | {added} | {removed} |")
-    return "\n".join(lines)
+    sizes = {old: [new, *map(str, diff_size(old, new))] for old, new in zip(VERSIONS, VERSIONS[1:])}
+    return markdown_table(["from", "to", "added", "removed"], sizes)
 
 
 def mean_curves(results, x):
@@ -133,37 +151,36 @@ def mean_curves(results, x):
     return curves
 
 
-def chart(curves, x, points=11):
-    """A Mermaid chart of some curves at evenly spaced places, which is what Mermaid can draw."""
+def chart(curves, x, y="bits per byte", points=11):
+    """A Mermaid chart of named curves at evenly spaced places, which is what Mermaid can draw."""
     end = max(curve[-1][0] for curve in curves.values())
     start = max(curve[0][0] for curve in curves.values())
     places = [start + (end - start) * i / (points - 1) for i in range(points)]
-    lines = []
-    for curve in curves.values():
-        heights = []
-        for place in places:
-            after = next((i for i, (at, _) in enumerate(curve) if at >= place), len(curve) - 1)
-            (x1, y1), (x2, y2) = curve[max(0, after - 1)], curve[after]
-            share = min(1.0, (place - x1) / (x2 - x1)) if x2 > x1 else 0.0  # past its end a curve stays level
-            heights.append(y1 + (y2 - y1) * share)
-        lines.append(heights)
+    lines = [heights(curve, places) for curve in curves.values()]
     low, high = min(map(min, lines)), max(map(max, lines))
-    palette = ", ".join(COLORS[version] for version in curves)
-    init = {"themeVariables": {"xyChart": {"plotColorPalette": palette}}}
-    names = ", ".join(f"{version} {COLORS[version]}" for version in curves)
-    return "\n".join(
-        [
-            "```mermaid",
-            f"%%{{init: {json.dumps(init)}}}%%",
-            "xychart-beta",
-            f'    title "{", ".join(curves)}"',
-            f'    x-axis "{x}" {start:.0f} --> {end:.0f}',
-            f'    y-axis "bits per byte" {low - 0.05:.2f} --> {high + 0.05:.2f}',
-            *("    line [" + ", ".join(f"{y:.3f}" for y in heights) + "]" for heights in lines),
-            "```",
-            f"Colours: {names}.",
-        ]
-    )
+    colors = [COLORS[name] for name in curves] if curves.keys() <= COLORS.keys() else list(COLORS.values())
+    palette = {"xyChart": {"plotColorPalette": ", ".join(code for _, code in colors)}}
+    return "\n".join([
+        "```mermaid",
+        f"%%{{init: {json.dumps({'themeVariables': palette})}}}%%",
+        "xychart-beta",
+        f'    x-axis "{x}" {start:.0f} --> {end:.0f}',
+        f'    y-axis "{y}" {low - 0.05:.2f} --> {high + 0.05:.2f}',
+        *("    line [" + ", ".join(f"{height:.3f}" for height in line) + "]" for line in lines),
+        "```",
+        "Lines: " + "; ".join(f"{name}: {color}" for name, (color, _) in zip(curves, colors)) + ".",
+    ])
+
+
+def heights(curve, places):
+    """The curve's values at these places, between its points on straight lines; past its end it stays level."""
+    found = []
+    for place in places:
+        after = next((i for i, (at, _) in enumerate(curve) if at >= place), len(curve) - 1)
+        (x1, y1), (x2, y2) = curve[max(0, after - 1)], curve[after]
+        share = min(1.0, (place - x1) / (x2 - x1)) if x2 > x1 else 0.0
+        found.append(y1 + (y2 - y1) * share)
+    return found
 
 
 def markdown(results):
@@ -172,7 +189,8 @@ def markdown(results):
     if len({run["version"] for run in results["runs"]}) > 1:
         transformers = {k: v for k, v in mean_curves(results, "seconds").items() if k != "v0_bigram"}
         if transformers:
-            parts += ["Bits per byte against seconds of training (v0 is done before these begin):", chart(transformers, "seconds")]
+            parts += ["Bits per byte against seconds of training (v0 is done before these begin):"]
+            parts += [chart(transformers, "seconds")]
         parts += ["Bits per byte against steps:", chart(mean_curves(results, "step"), "step")]
     return "\n\n".join(parts)
 
@@ -187,7 +205,7 @@ def plot(results, path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
     for axis, x in zip(axes, ("step", "seconds")):
         for version, curve in mean_curves(results, x).items():
-            axis.plot(*zip(*curve), color=COLORS[version], label=version, marker=".")
+            axis.plot(*zip(*curve), color=COLORS[version][1], label=version, marker=".")
         axis.set_xlabel(x if x == "step" else "seconds of training")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("bits per byte of the validation text")
@@ -195,30 +213,38 @@ def plot(results, path):
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="compare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=VERSIONS, help="which ones (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337], help="one run of each version for each of these")
-    parser.add_argument("--steps", help="steps of each run (default: the scripts' own)")
+    parser.add_argument("--steps", type=int, help="steps of each run (default: the scripts' own)")
     parser.add_argument("--data", help="text to learn (default: input.txt)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="where the runs are written")
     parser.add_argument("--from-runs", type=Path, metavar="DIR", help="train nothing, take the runs in this folder")
     parser.add_argument("--results", type=Path, metavar="FILE", help="train nothing, take this results.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves with matplotlib")
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(argv)
     if args.results:
-        results = json.loads(args.results.read_text())
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+        print(markdown(results) + "\n\n" + diffs())
     else:
-        if not args.from_runs:
-            given = [part for name in ("steps", "data") if (v := getattr(args, name)) for part in (f"--{name}", v)]
-            train(args.versions, args.seeds, args.out, given + flags)
+        if args.from_runs:
+            folders = [path.parent for path in args.from_runs.glob("*/result.json")]
+        else:  # only the runs asked for: older ones may be in the same folder
+            folders = train(args.versions, args.seeds, args.out, settings(args.steps, args.data, flags))
         folder = args.from_runs or args.out
-        results = collect(folder)
-        (folder / "results.json").write_text(json.dumps(results, indent=1))
-        with open(folder / "curves.csv", "w", newline="") as file:
+        results = collect(folders)
+        (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([CURVE_COLUMNS, *results["curves"]])
-    print(markdown(results) + "\n\n" + diffs())
+        print(markdown(results) + "\n\n" + diffs())
+        from tests import page  # only here: it needs torch, which takes seconds to import
+
+        try:
+            page.write(folders, folder, args.data)
+        except (page.UserError, OSError) as error:  # the numbers are there all the same
+            print(f"compare: no page: {error}", file=sys.stderr)
     if args.plot:
         plot(results, args.plot)
 

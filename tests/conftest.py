@@ -1,7 +1,11 @@
 """What the tests share: the four versions, a small text, and tiny settings with which a run takes a second."""
 
 import contextlib
+import csv
+import functools
+import inspect
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,11 @@ import v2_bpe_rope
 import v3_alibi
 
 torch.set_num_threads(1)  # models as tiny as these gain nothing from more
+inspect.getsource = functools.cache(inspect.getsource)  # main parses its whole file for the help texts, each time
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = [v0_bigram, v1_transformer, v2_bpe_rope, v3_alibi]
 TRANSFORMERS = VERSIONS[1:]
+FILES = ["best.pt", "last.pt", "log.csv", "result.json", "sample.txt"]  # what a run leaves in its folder
 TINY = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 300}
 
 
@@ -60,8 +66,40 @@ def run(version, *argv):
     return status, out.getvalue(), err.getvalue()
 
 
+def short_run(version, data, out, *argv, **settings):
+    """Start a run of a few steps: (exit status, stdout, stderr)."""
+    settings = {"steps": 1, "eval_interval": 1, "block_size": 8, **settings}
+    return run(version, "--data", data, "--out", out, "--max-new-tokens", 3, *tiny_flags(version, **settings), *argv)
+
+
+def result_of(folder):
+    """result.json of a run."""
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def log_of(folder):
+    """The rows of log.csv of a run, as text."""
+    with (folder / "log.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def last_step(folder):
+    """The step from which --resume goes on."""
+    return torch.load(folder / "last.pt", weights_only=True)["run"]["log"][-1]["step"]
+
+
+def said(out):
+    """What a program printed, without the line breaks at column 80."""
+    return " ".join(out.split())
+
+
 def ids(version):
     return version.__name__
+
+
+def pytest_collection_modifyitems(items):
+    """The processes that test_processes.py examines start before the first test, since they run beside the others."""
+    items.sort(key=lambda item: item.name != "test_all_processes_start")
 
 
 @pytest.fixture(scope="session")
@@ -78,12 +116,20 @@ def small(tmp_path_factory, text):
 
 
 @pytest.fixture(scope="session")
+def little(tmp_path_factory, text):
+    """A file so short that a run of v0 takes a few hundredths of a second."""
+    path = tmp_path_factory.mktemp("little") / "little.txt"
+    path.write_text(text[:3000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory, small):
     """A finished tiny run of every version: {version: its folder}."""
     folder = tmp_path_factory.mktemp("runs")
     runs = {version: folder / version.__name__ for version in VERSIONS}
     for version, out_folder in runs.items():
-        flags = ["--data", small, "--out", out_folder, "--dtype", "float32", "--max-new-tokens", 20]
+        flags = ["--data", small, "--out", out_folder, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 20]
         status, out, err = run(version, *flags, *tiny_flags(version, steps=30, eval_interval=10))
         assert status == 0, err
     return runs

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -13,7 +11,7 @@ import v1_transformer
 import v2_bpe_rope
 import v3_alibi
 from tests import ablations
-from tests.conftest import ROOT, run, tiny_config, tiny_flags, tiny_model
+from tests.conftest import result_of, run, tiny_config, tiny_flags, tiny_model
 
 
 def variant(replaced, vocab_size=50, **settings):
@@ -60,13 +58,13 @@ def test_without_positions_the_order_of_earlier_tokens_is_lost():
 def test_sinusoids_are_those_of_the_paper():
     """Vaswani et al. 2017: PE(t, 2i) = sin(t / 10000^(2i / C)), PE(t, 2i + 1) = cos(...), here scaled."""
     model = ablations.SinusoidalPositions(tiny_config(v2_bpe_rope), 50)
-    vectors = model.positional_encoding(3, 9) / (0.02 * math.sqrt(2))
+    vectors = model.positional_encoding(3, 9) / math.sqrt(2 / 32)
     for t in range(3, 9):
         for i in range(16):
             angle = t / 10000 ** (2 * i / 32)
             expected = torch.tensor([math.sin(angle), math.cos(angle)])
             torch.testing.assert_close(vectors[t - 3, 2 * i:2 * i + 2], expected, atol=1e-5, rtol=1e-5)
-    assert model.positional_encoding(0, 1000).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-3)
+    assert model.positional_encoding(0, 1000).square().mean().sqrt().item() == pytest.approx(32 ** -0.5, rel=1e-3)
 
 
 def test_slopes_are_multiples_of_the_papers():
@@ -78,30 +76,33 @@ def test_slopes_are_multiples_of_the_papers():
     torch.testing.assert_close(tiny_model(v3_alibi).slopes, paper.slopes)  # and afterwards all is as it was
 
 
-def test_it_trains_every_row_and_makes_the_tables(tmp_path, small):
-    """As a program, with tiny models; a second call finds the runs of the first."""
-    command = [sys.executable, "-m", "tests.ablations", "--data", str(small), "--steps", "2", "--seeds", "7"]
-    command += ["--out", str(tmp_path), *tiny_flags(v2_bpe_rope)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert {title: list(rows) for title, rows in results["tables"].items()} == {
-        title: list(rows) for title, rows in ablations.TABLES.items()}
+def test_it_trains_every_row_and_makes_the_tables(tmp_path, little, capsys):
+    """With tiny models; a second call finds the runs of the first."""
+    flags = ["--data", little, "--steps", 2, "--seeds", 7, "--out", tmp_path, *tiny_flags(v2_bpe_rope, block_size=8)]
+
+    def call(*more):
+        ablations.main([str(flag) for flag in (*flags, *more)])
+        return capsys.readouterr()
+
+    first = call()
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    rows = {title: list(rows) for title, rows in results["tables"].items()}
+    assert rows == {title: list(rows) for title, rows in ablations.TABLES.items()}
     for title, rows in results["tables"].items():
-        assert ablations.table(title, rows) in done.stdout
+        assert ablations.table(title, rows) in first.out
         assert all([run["seed"] for run in runs] == [7] for runs in rows.values())
-    rows = results["tables"]["vocabulary"]
-    assert rows["256: bytes alone"][0]["tokens_per_byte"] == 1.0
-    again = subprocess.run([*command, "--tables", "positions"], capture_output=True, text=True, cwd=ROOT)
-    assert "--out" not in again.stderr and ablations.table("positions", results["tables"]["positions"]) in again.stdout
+    assert results["tables"]["vocabulary"]["256: bytes alone"][0]["tokens_per_byte"] == 1.0
+    again = call("--tables", "positions")
+    assert "--out" in first.err and "--out" not in again.err
+    assert ablations.table("positions", results["tables"]["positions"]) in again.out
 
 
 def test_a_row_is_the_program_itself(tmp_path, small):
     """The row of v2 has the losses of python v2_bpe_rope.py with the same flags, to the last digit."""
-    flags = ["--data", small, "--steps", "3", "--seed", "5", *tiny_flags(v2_bpe_rope)]
-    status, _, err = run(v2_bpe_rope, *flags, "--out", tmp_path / "own", "--eval-interval", "3", "--max-new-tokens", "0")
+    flags = ["--data", small, "--out", tmp_path / "own", "--max-new-tokens", 0]
+    flags += tiny_flags(v2_bpe_rope, steps=3, seed=5, eval_interval=3)
+    status, _, err = run(v2_bpe_rope, *flags)
     assert status == 0, err
     args = mock.Mock(out=tmp_path, steps=3, data=small, flags=tiny_flags(v2_bpe_rope))
     folder = ablations.train(ablations.TABLES["ideas"]["BPE, RoPE, GELU: v2"], 5, args)
-    losses = [json.loads((path / "result.json").read_text())["val_loss"] for path in (folder, tmp_path / "own")]
-    assert losses[0] == losses[1]
+    assert result_of(folder)["val_loss"] == result_of(tmp_path / "own")["val_loss"]

@@ -250,8 +250,8 @@ def test_training_is_the_same_in_every_process(corpus):
     program = "import sys; from bpe_tokenizer import *; print(BPETokenizer.train(sys.stdin.read(), 500).merges)"
     outputs = set()
     for seed in "12":
-        done = subprocess.run([sys.executable, "-c", program], input=corpus[:30_000], text=True, capture_output=True,
-                              check=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed})
+        done = subprocess.run([sys.executable, "-c", program], input=corpus[:30_000], capture_output=True, check=True,
+                              encoding="utf-8", cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed})
         outputs.add(done.stdout)
     assert outputs == {f"{BPETokenizer.train(corpus[:30_000], 500).merges}\n"}
 
@@ -931,8 +931,9 @@ def test_a_mistake_on_the_command_line_gets_one_line(command, arguments, message
 
 def test_the_program_runs_on_a_terminal_without_unicode(tmp_path):
     (tmp_path / "text.txt").write_text("é é é", encoding="utf-8")
-    done = subprocess.run([sys.executable, ROOT / "bpe_tokenizer.py", "text.txt", "--vocab-size", "258"], text=True,
-                          cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    command = [sys.executable, ROOT / "bpe_tokenizer.py", "text.txt", "--vocab-size", "258"]
+    done = subprocess.run(command, encoding="ascii", cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stderr == "" and "first merges: '?' ' ?'\n" in done.stdout
 
 

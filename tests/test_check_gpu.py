@@ -13,7 +13,7 @@ from tests.conftest import TRANSFORMERS, VERSIONS, ids
 
 
 def test_every_row_runs_on_the_cpu(tmp_path, small, monkeypatch, capsys):
-    """Except torchrun, which test_robust runs; and --compile does not wait for a compiler."""
+    """Except torchrun, which test_processes runs; and --compile does not wait for a compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(check_gpu, "torchrun", lambda setup, version: 1 / 0)
     table = tmp_path / "gpu.md"

@@ -1,7 +1,7 @@
-"""README tells the truth: its Python blocks run, its flags exist, its diff sizes and numbers are the real ones."""
+"""README and the page of results tell the truth: their Python blocks run, their commands exist, and their numbers are
+those of the results files."""
 
-import importlib.util
-import json
+import dataclasses
 import re
 import shlex
 import shutil
@@ -9,21 +9,17 @@ import shutil
 import pytest
 
 import v2_bpe_rope
-from tests import ablations, compare, to_transformers
+from tests import ablations, bench_ten_minutes, tables, to_transformers
 from tests.conftest import ROOT, VERSIONS
-from tests.test_scripts import diff_size
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = "".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(1, len(BLOCKS) + 1))
 def test_python_blocks_run(block, trained, tmp_path, monkeypatch, capsys):
     """Each on its own, beside tiny runs of all versions."""
-    if "matplotlib" in block:
-        if importlib.util.find_spec("matplotlib") is None:
-            pytest.skip("needs matplotlib")
-        monkeypatch.setenv("MPLBACKEND", "Agg")
     assert block.count("\n") <= 15
     for version in VERSIONS:
         shutil.copytree(trained[version], tmp_path / "runs" / version.__name__)
@@ -33,58 +29,61 @@ def test_python_blocks_run(block, trained, tmp_path, monkeypatch, capsys):
         pytest.importorskip("transformers")
         to_transformers.main(["runs/v3_alibi", "hf/v3"])
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out or list(tmp_path.glob("*.png"))
+    assert capsys.readouterr().out
 
 
-def test_diff_sizes_are_the_real_ones():
-    quoted = re.findall(r"git diff --no-index (\w+\.py) (\w+\.py)`?\s*\((\d+) lines added, (\d+) removed\)", README)
-    assert len(quoted) == 3
-    for old, new, added, removed in quoted:
-        assert diff_size(old, new) == (int(added), int(removed))
+@pytest.mark.parametrize("page", tables.PAGES, ids=["README.md", "tests/results/README.md"])
+def test_tables_are_made_from_the_results_files(page):
+    """Whoever measures again runs `python -m tests.tables`; whoever edits a table by hand is told here."""
+    text = page.read_text(encoding="utf-8")
+    assert tables.fill_in(text) == text and text.count("<!-- end -->") >= 3
 
 
-def results(name):
-    return json.loads((ROOT / f"tests/data/results_{name}.json").read_text(encoding="utf-8"))
+def test_readme_can_be_read_in_one_sitting():
+    assert README.count("\n") <= 300 and len(README.split()) <= 2900
 
 
-def test_results_are_those_of_the_results_files():
-    """README's tables and charts are what tests.compare makes of tests/data/results_*.json."""
-    theirs = results("tinyshakespeare")
-    assert compare.markdown(results("input")) in README
-    assert compare.table(theirs) in README
-    assert compare.table(results("wikitext2")) in README
-    nats = [run["val_loss"] * run["tokens_per_byte"] for run in theirs["runs"] if run["version"] == "v2_bpe_rope"]
-    assert f"v2 comes to {compare.mean_and_spread(nats, 3)} on" in README
+def test_every_results_file_has_its_table_on_the_page():
+    names = re.findall(r"^<!-- ([a-z0-9 ]+) -->$", PAGES, re.M)
+    assert set(names) - {"end"} == set(tables.TABLES)
+    files = {path.stem for path in tables.RESULTS.glob("*.json")} - {"exercises"}
+    source = (ROOT / "tests/tables.py").read_text(encoding="utf-8")
+    assert files == set(re.findall(r'read\("(\w+)"\)', source))
 
 
-def test_ablations_are_those_of_the_results_file():
-    """README has every table of tests/data/results_ablations.json, with all the rows that tests.ablations makes. The table
-    "scaffold" has not been measured yet."""
-    kept = results("ablations")
-    assert ablations.TABLES.keys() - kept["tables"].keys() == {"scaffold"}
-    assert all(list(rows) == list(ablations.TABLES[title]) for title, rows in kept["tables"].items())
-    assert ablations.budget(kept) in README
-    for title, rows in kept["tables"].items():
-        assert ablations.table(title, rows) in README and {len(runs) for runs in rows.values()} == {3}
+def test_ablations_have_all_their_rows():
+    kept = tables.read("ablations")["tables"]
+    assert {title: list(rows) for title, rows in kept.items()} == {
+        title: list(rows) for title, rows in ablations.TABLES.items()}
+
+
+def test_the_ten_minutes_in_readme_are_those_that_were_measured():
+    results = tables.read("ten_minutes")
+    assert all(f"    python {bench_ten_minutes.COMMANDS[name]}\n" in README for name in ("input", "chat"))
+    words = " ".join(README.split())
+    assert f"reaches {results['input']['result']['bits_per_byte']:.2f} bits per byte" in words
+    fits = {kind: sum(one["fits"] for one in results["chat"]["answers"] if one["kind"] == kind)
+            for kind in bench_ten_minutes.QUESTIONS}
+    assert (f"Of ten questions from its training data, {fits['from the file']} got an answer that fits; of ten that ask "
+            f"the same in other words, {fits['reworded']}") in words
 
 
 def test_figures_are_of_the_default_settings():
-    """Whoever changes a default setting that these figures rest on has to measure them again."""
-    for name in ("input", "tinyshakespeare", "wikitext2"):
-        for run in results(name)["runs"]:
-            version = next(v for v in VERSIONS if v.__name__ == run["version"])
-            model = version.LanguageModel(version.Config(), run["vocab_size"])
-            assert run["steps"] == version.Config.steps
-            assert run["parameters"] == sum(p.numel() for p in model.parameters())
+    """Whoever changes a default setting has to measure again."""
+    for run in [*tables.read("input")["runs"], *tables.read("recipes")["runs"]["v2, default settings"]]:
+        version = next(v for v in VERSIONS if v.__name__ == run.get("version", "v2_bpe_rope"))
+        defaults = dataclasses.asdict(version.Config()) | {"seed": run["config"]["seed"]}
+        assert run["config"] == defaults
 
 
 SCRIPTS = {f"{version.__name__}.py": version for version in VERSIONS}
-TOOLS = {"compare", "ablations", "bench_steps", "bench_generation", "bench_recipes", "bench_tokenizer", "to_transformers", "check_gpu"}
+TOOLS = {"compare", "ablations", "bench_steps", "bench_generation", "bench_recipes", "bench_tokenizer",
+         "bench_ten_minutes", "page", "tables", "to_transformers", "check_gpu"}
 
 
 def commands():
-    """Every command line in README, split as a shell does it: those of indented blocks and those between backticks."""
-    lines = re.findall(r"^    (\S.*)$|`([^`\n]*(?:\n[^`\n]+)?)`", README, re.MULTILINE)
+    """Every command line in both pages, split as a shell does it: those of indented blocks and those between backticks."""
+    lines = re.findall(r"^    (\S.*)$|`([^`\n]*(?:\n[^`\n]+)?)`", PAGES, re.MULTILINE)
     for line in (block or inline.replace("\n", " ") for block, inline in lines):
         words = shlex.split(line, comments=True, posix=True) if re.match(r"(python|torchrun)\b", line) else []
         if words:
@@ -103,7 +102,7 @@ def test_commands_of_the_scripts_are_understood_by_their_own_parsers():
         for flag in re.findall(r"--[a-z-]+", " ".join(words)) if tool else []:
             text = (ROOT / f"tests/{tool}.py").read_text(encoding="utf-8")
             assert f'"{flag}"' in text or flag in v2_flags() | {"--help"}, words
-    assert seen == {"v1_transformer.py", "v2_bpe_rope.py", "v3_alibi.py"}
+    assert seen == set(SCRIPTS)
 
 
 def v2_flags():

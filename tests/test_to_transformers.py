@@ -152,11 +152,12 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path, capsys):
 
 
 def test_files_of_others_stay_as_they_are(hf, trained, tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     assert "not empty" in refusal(capsys, trained[v3_alibi], tmp_path)
     assert "another folder" in refusal(capsys, trained[v3_alibi], tmp_path / "file")
     assert "another folder" in refusal(capsys, trained[v3_alibi], tmp_path / "file" / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_without_transformers_the_line_says_how_to_install_it(trained, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,7 @@
 """Numbers that are true: exact evaluation, losses that fall, samples from the right distribution, exact resume."""
 
 import argparse
-import csv
-import json
 import math
-import shutil
 from collections import Counter
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -18,28 +15,14 @@ import v0_bigram
 import v1_transformer
 import v2_bpe_rope
 import v3_alibi
-from tests.conftest import ROOT, TRANSFORMERS, VERSIONS, ids, run, tiny_config, tiny_flags, tiny_model
+from tests.conftest import (ROOT, TRANSFORMERS, VERSIONS, ids, log_of, result_of, run, said, short_run, tiny_config,
+                            tiny_flags, tiny_model)
 
 CLOCKS = {"tokens_per_second", "seconds"}
 
 
-def log_of(folder):
-    """The rows of log.csv, as text."""
-    with (folder / "log.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
 def checkpoint(folder, name="last.pt"):
     return torch.load(folder / name, weights_only=True)
-
-
-def said(out):
-    """What a program printed, without the line breaks at column 80."""
-    return " ".join(out.split())
 
 
 # -- data --
@@ -165,6 +148,16 @@ def test_evaluation_of_long_texts_weighs_every_token_equally(version, windows, r
     assert version.evaluate(model, tokens, 16) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
+def test_evaluation_reads_about_4096_tokens_at_a_time():
+    """All at once, the logits of a large text would not fit into memory."""
+    model, shapes = tiny_model(v0_bigram), []
+    model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    v0_bigram.evaluate(model, torch.zeros(10_000, dtype=torch.uint8), 16)
+    assert shapes == [(256, 16), (256, 16), (112, 16), (1, 15)]
+    v0_bigram.evaluate(model, torch.zeros(10_001, dtype=torch.uint8), 5000)  # longer than that: one row at a time
+    assert shapes[4:] == [(1, 5000), (1, 5000)]
+
+
 def test_evaluation_uses_the_autocast_it_is_passed():
     model, tokens = tiny_model(v3_alibi), torch.randint(50, (100,))
     exact = v3_alibi.evaluate(model, tokens, 16)
@@ -194,6 +187,14 @@ def test_bits_per_byte_is_what_it_says(trained, text, version):
     assert result["tokens_per_byte"] == pytest.approx((len(tokens) - 1) / 6000)
     assert result["bits_per_byte"] == result["context_bits_per_byte"]["1"]
     assert result["perplexity"] == pytest.approx(math.exp(result["val_loss"]))
+
+
+@pytest.mark.parametrize("block_size, measured", [(75, "124"), (76, "12"), (150, "12"), (151, "1")])
+def test_a_context_longer_than_the_validation_text_is_not_measured(block_size, measured, tmp_path, little):
+    """It has 300 characters, and the last one before them is read, too."""
+    assert short_run(v0_bigram, little, tmp_path, block_size=block_size)[0] == 0
+    context = result_of(tmp_path)["context_bits_per_byte"]
+    assert [times for times, bits in context.items() if bits is not None] == list(measured)
 
 
 def test_a_byte_is_a_byte_of_utf8(tmp_path):
@@ -234,11 +235,12 @@ def test_a_few_dozen_steps_lower_the_loss(trained, version):
 
 @pytest.mark.parametrize("version", VERSIONS, ids=ids)
 def test_the_evaluation_before_training_finds_all_tokens_about_equally_likely(trained, version):
-    """A loss of ln V. A loss far from it before the first step is the first sign of a wrong model."""
+    """A loss of ln V, or ln V + 1/2 where logits are random with variance 1. A loss far from it before the first step is
+    the first sign of a wrong model."""
     row, V = log_of(trained[version])[0], result_of(trained[version])["vocab_size"]
     assert row["step"] == "0" and row["train_loss"] == "nan"
     assert float(row["tokens_per_second"]) == float(row["seconds"]) == 0
-    assert float(row["val_loss"]) == pytest.approx(math.log(V), rel=1e-6 if version is v0_bigram else 0.01)
+    assert float(row["val_loss"]) == pytest.approx(math.log(V) + (version is not v0_bigram) / 2, abs=1e-5 if version is v0_bigram else 0.5)
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=ids)
@@ -388,6 +390,19 @@ def test_a_gpu_comes_first_and_each_process_takes_its_own(native, monkeypatch):
     assert v0_bigram.pick_device(argparse.Namespace(device="mps", dtype="auto")) == (torch.device("mps"), "float32")
 
 
+def test_tokens_take_little_memory_on_a_cpu_and_are_int32_on_a_gpu(tmp_path, little, monkeypatch):
+    """A GPU cannot index unsigned 16-bit numbers. The device "meta", which computes nothing, stands for one."""
+    flags = ["--data", str(little), "--out", str(tmp_path), *tiny_flags(v2_bpe_rope)]
+    prepared = v2_bpe_rope.prepare(*v2_bpe_rope.parse_arguments(flags))
+    assert prepared.tokens.dtype == prepared.validation.dtype == torch.uint16
+    monkeypatch.setattr(v2_bpe_rope, "pick_device", lambda args: (torch.device("meta"), "float32"))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **settings: None)
+    prepared = v2_bpe_rope.prepare(*v2_bpe_rope.parse_arguments(flags))
+    tensors = [prepared.tokens, prepared.validation]
+    assert all((x.dtype, x.device.type) == (torch.int32, "meta") for x in tensors)
+    assert all(p.device.type == "meta" for p in prepared.model.parameters()) and prepared.model.training
+
+
 # -- sampling, against its definition --
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])  # by size: 1, 3, 4, 2, 0
@@ -464,29 +479,6 @@ def test_best_is_the_lowest_validation_loss_and_last_is_the_last(tmp_path, small
     assert all(torch.equal(after, weights[2]) for after in weights[5:]) and len(weights) == 7
 
 
-def test_the_report_lists_the_runs_that_can_be_compared(trained, tmp_path):
-    """Those beside this run with the same validation text; > marks this run, * one of other length or fine-tuned."""
-    for version, folder in trained.items():
-        shutil.copytree(folder, tmp_path / folder.name)
-    (tmp_path / "v2_bpe_rope").rename(tmp_path / "rotary")
-    changes = {"longer": {"steps": 31}, "tuned": {"init_from": "some.pt"}, "other text": {"validation_sha256": "0"},
-               "damaged": {"val_loss": None}}
-    for name, change in changes.items():
-        (tmp_path / name).mkdir()
-        result = {**result_of(tmp_path / "v3_alibi"), **change}
-        (tmp_path / name / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    status, out, err = run(v0_bigram, "--out", tmp_path / "v0_bigram", "--resume", "--max-new-tokens", 0)
-    table = out[out.index("seconds\n") + 8:out.index("Sample from")].splitlines()
-    names = ["longer (v3_alibi)", "rotary (v2_bpe_rope)", "tuned (v3_alibi)"]
-    names += ["v0_bigram", "v1_transformer", "v3_alibi"]
-    assert status == 0 and [line[2:32].strip() for line in table] == names, err
-    assert [line[0] for line in table] == ["*", " ", "*", ">", " ", " "]
-    for line, folder in zip(table[3:5], ("v0_bigram", "v1_transformer")):
-        result = result_of(tmp_path / folder)
-        context = [f"{x:.3f}" if x else "-" for x in result["context_bits_per_byte"].values()]
-        assert line[32:].split() == ["30", f"{result['val_loss']:.4f}", *context, f"{result['train_seconds']:.0f}"]
-
-
 # -- stopping and going on --
 
 
@@ -540,36 +532,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(version, tmp_path, small, m
     assert (whole / "sample.txt").read_bytes() == (parts / "sample.txt").read_bytes() != b""
     results = [{**result_of(folder), "train_seconds": None} for folder in (whole, parts)]
     assert results[0] == results[1]
-
-
-@pytest.mark.parametrize("function", ["read_texts", "describe", "make_optimizer", "evaluate"])
-def test_ctrl_c_before_anything_is_saved(function, tmp_path, small, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(v0_bigram, function, interrupted)
-    status, out, err = run(v0_bigram, "--data", small, "--out", tmp_path / "run", *tiny_flags(v0_bigram))
-    assert (status, err) == (130, "") and out.splitlines()[-1] == "stopped; nothing new was saved"
-    assert not (tmp_path / "run/last.pt").exists()
-
-
-@pytest.mark.parametrize("file, step", [("best.pt", 0), ("log.csv", 0), ("last.pt", 0), ("best.pt", 5), ("last.pt", 5)])
-def test_ctrl_c_during_saving_names_the_step_that_was_saved(file, step, tmp_path, small, monkeypatch):
-    # Fails as long as evaluate_and_save puts its row into run.log before it has saved the run, since main then names a
-    # step that was not saved.
-    original = v0_bigram.write
-
-    def write(path, content):
-        if path.name == file and (tmp_path / "last.pt").exists() == (step > 0):
-            raise KeyboardInterrupt
-        original(path, content)
-
-    monkeypatch.setattr(v0_bigram, "write", write)
-    flags = tiny_flags(v0_bigram, steps=10, eval_interval=5)
-    status, out, err = run(v0_bigram, "--data", small, "--out", tmp_path, *flags)
-    hint = f"--out {tmp_path} --resume starts at step 0" if step else "nothing new was saved"
-    assert (status, err) == (130, "") and said(out).endswith(f"stopped; {hint}")
-    assert (tmp_path / "last.pt").exists() == (step > 0)
 
 
 def test_more_steps_continue_a_finished_run(trained, tmp_path, small, monkeypatch):
