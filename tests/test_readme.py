@@ -1,10 +1,13 @@
 """README and the page of results tell the truth: their Python blocks run, their commands exist, and their numbers are
 those of the results files."""
 
+import argparse
 import dataclasses
+import importlib
 import re
 import shlex
 import shutil
+import sys
 
 import pytest
 
@@ -90,6 +93,20 @@ def commands():
             yield words
 
 
+class Parsed(Exception):
+    """What a tool's parser made of its command line, in place of what the tool does then."""
+
+
+@pytest.fixture
+def only_parsed(monkeypatch):
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(parser, args=None, namespace=None):
+        raise Parsed(*parse(parser, args, namespace))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+
+
 def test_commands_of_the_scripts_are_understood_by_their_own_parsers():
     seen = set()
     for words in commands():
@@ -97,15 +114,23 @@ def test_commands_of_the_scripts_are_understood_by_their_own_parsers():
         if script and "--help" not in words:
             seen.add(script)
             SCRIPTS[script].parse_arguments(words[words.index(script) + 1:])
-        tool = next((word.removeprefix("tests.") for word in words if word.startswith("tests.")), None)
-        assert tool is None or tool in TOOLS, words
-        for flag in re.findall(r"--[a-z-]+", " ".join(words)) if tool else []:
-            text = (ROOT / f"tests/{tool}.py").read_text(encoding="utf-8")
-            assert f'"{flag}"' in text or flag in v2_flags() | {"--help"}, words
     assert seen == set(SCRIPTS)
 
 
-def v2_flags():
-    """Those that tests.compare and others pass on to the scripts."""
-    return set(re.findall(r'"(--[a-z-]+)"', (ROOT / "v2_bpe_rope.py").read_text(encoding="utf-8"))) | {
-        "--" + name.replace("_", "-") for name in v2_bpe_rope.Config.__dataclass_fields__}
+def test_commands_of_the_tools_are_understood_by_their_own_parsers(only_parsed, monkeypatch):
+    """Flags that a tool does not know are passed on to the scripts, by two of them."""
+    seen = set()
+    for words in commands():
+        tool = next((word.removeprefix("tests.") for word in words if word.startswith("tests.")), None)
+        if not tool or tool == "tables":  # which has no flags
+            continue
+        seen.add(tool)
+        monkeypatch.setattr(sys, "argv", words[words.index(f"tests.{tool}"):])
+        with pytest.raises(Parsed) as stop:
+            importlib.import_module(f"tests.{tool}").main()
+        if unknown := stop.value.args[1]:
+            assert tool in ("compare", "ablations")
+            with pytest.raises(Parsed) as stop:
+                v2_bpe_rope.parse_arguments(unknown)
+            assert not stop.value.args[1]
+    assert seen == TOOLS - {"tables"}
