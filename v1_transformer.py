@@ -163,7 +163,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embeddings of tokens and positions, a stack of blocks, and an output layer that scores the next token."""
+    """Embeddings, a stack of blocks, and an output layer that scores the next token."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -287,7 +287,7 @@ def save_checkpoint(path, model, tokenizer, state=None):
 
 def load(path, any_version=False, **settings):
     """Return (model in eval mode on the CPU, tokenizer, config) of a checkpoint, some settings of its config replaced.
-    Raises UserError if it is damaged or does not fit. An untrusted file cannot run code (weights_only=True)."""
+    Raises UserError if it is damaged or does not fit. Unpickles plain data and tensors only (weights_only=True)."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train first, or check the path")
     try:

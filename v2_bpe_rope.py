@@ -5,8 +5,8 @@ encoding (bpe_tokenizer.py): a context of the same length reaches further, and a
 longer learned vectors: queries and keys are rotated by angles proportional to their positions, so that a score depends
 on positions only through their distance. GELU replaces ReLU: it is smooth, and small negative inputs keep a gradient.
 
-Two more changes make it faster; these change no number (except by rounding). One call computes attention, and a cache
-keeps the keys and values of earlier tokens. The architecture of GPT-NeoX (Black et al. 2022), without its biases.
+Two more changes only make it faster: one call computes attention, and a cache keeps the keys and values of earlier
+tokens. The learning rate is higher. The architecture is that of GPT-NeoX (Black et al. 2022), without its biases.
 
     python v2_bpe_rope.py           train on input.txt, write runs/v2_bpe_rope, print a sample
     python v2_bpe_rope.py --help    every setting and flag
@@ -54,7 +54,7 @@ class Config:
     dropout: float = 0.0  # fraction of activations set to zero at random in training, to reduce overfitting
     batch_size: int = 12  # rows (of block_size tokens) in one step
     steps: int = 3000  # training steps
-    learning_rate: float = 3e-3  # highest learning rate, reached at the end of the warm-up
+    learning_rate: float = 4e-3  # highest learning rate, reached at the end of the warm-up
     warmup_steps: int = 100  # steps over which the learning rate rises
     weight_decay: float = 0.5  # how strongly AdamW pulls weight matrices towards zero
     grad_clip: float = 1.0  # the gradient is clipped to this norm
@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embeddings of tokens, a stack of blocks, and an output layer that scores the next token."""
+    """Embeddings, a stack of blocks, and an output layer that scores the next token."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -292,7 +292,7 @@ def save_checkpoint(path, model, tokenizer, state=None):
 
 def load(path, any_version=False, **settings):
     """Return (model in eval mode on the CPU, tokenizer, config) of a checkpoint, some settings of its config replaced.
-    Raises UserError if it is damaged or does not fit. An untrusted file cannot run code (weights_only=True)."""
+    Raises UserError if it is damaged or does not fit. Unpickles plain data and tensors only (weights_only=True)."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train first, or check the path")
     try:

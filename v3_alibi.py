@@ -51,7 +51,7 @@ class Config:
     dropout: float = 0.0  # fraction of activations set to zero at random in training, to reduce overfitting
     batch_size: int = 12  # rows (of block_size tokens) in one step
     steps: int = 3000  # training steps
-    learning_rate: float = 3e-3  # highest learning rate, reached at the end of the warm-up
+    learning_rate: float = 4e-3  # highest learning rate, reached at the end of the warm-up
     warmup_steps: int = 100  # steps over which the learning rate rises
     weight_decay: float = 0.5  # how strongly AdamW pulls weight matrices towards zero
     grad_clip: float = 1.0  # the gradient is clipped to this norm
@@ -152,7 +152,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embeddings of tokens, a stack of blocks, and an output layer that scores the next token."""
+    """Embeddings, a stack of blocks, and an output layer that scores the next token."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -284,7 +284,7 @@ def save_checkpoint(path, model, tokenizer, state=None):
 
 def load(path, any_version=False, **settings):
     """Return (model in eval mode on the CPU, tokenizer, config) of a checkpoint, some settings of its config replaced.
-    Raises UserError if it is damaged or does not fit. An untrusted file cannot run code (weights_only=True)."""
+    Raises UserError if it is damaged or does not fit. Unpickles plain data and tensors only (weights_only=True)."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train first, or check the path")
     try:

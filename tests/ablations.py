@@ -1,4 +1,5 @@
-"""What each idea buys: the same model trained again with one thing changed, every row for the same number of steps.
+"""What each idea contributes: v2 and v3 trained with parts replaced, every row for the same number of steps and with the
+same learning rate, v1's.
 
     python -m tests.ablations                                    all tables: 1,000 steps, seeds 1 2 3
     python -m tests.ablations --tables vocabulary --steps 500    one table, shorter
@@ -160,7 +161,8 @@ def train(row, seed, args):
     program, replaced, flags = row
     folder = args.out / f"{name_of(*row)}-{seed}"
     command = ["--data", str(args.data), "--steps", str(args.steps), "--seed", str(seed), "--out", str(folder)]
-    command += ["--eval-interval", str(args.steps), "--max-new-tokens", "0", *args.flags, *flags]
+    command += ["--learning-rate", "3e-3", "--eval-interval", str(args.steps), "--max-new-tokens", "0"]
+    command += [*args.flags, *flags]
     made_by = folder / "command.json"  # written when the run is complete
     if made_by.exists() and json.loads(made_by.read_text(encoding="utf-8")) == command:
         return folder

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests import augment
 from tests.compare import ROOT, machine, markdown_table
 
 LARGER = ("--n-layer 6 --n-head 6 --n-embd 192 --block-size 128 --dropout 0.2 --learning-rate 3e-3 --steps 4500 "
@@ -24,16 +25,17 @@ LARGER = ("--n-layer 6 --n-head 6 --n-embd 192 --block-size 128 --dropout 0.2 --
 COMMANDS = {
     "tinyshakespeare": f"v2_bpe_rope.py --data tinyshakespeare.txt --out runs/ten_shakespeare {LARGER}",
     "input": f"v2_bpe_rope.py --out runs/ten_minutes {LARGER}",
-    "chat": "v2_bpe_rope.py --data tests/data/conversation.csv --init-from runs/ten_minutes/best.pt --out runs/ten_chat "
-            "--steps 1200 --eval-interval 1200 --learning-rate 2e-3 --dropout 0 --weight-decay 0.1",
+    "chat": "v2_bpe_rope.py --data runs/augmented.csv --init-from runs/ten_minutes/best.pt --out runs/ten_chat "
+            "--steps 1600 --eval-interval 1600 --learning-rate 2e-3 --dropout 0 --weight-decay 0.1",
 }
+AUGMENT = ["tests/data/conversation.csv", "runs/augmented.csv"]  # what tests.augment is given before that
 QUESTIONS = json.loads((ROOT / "tests/data/questions.json").read_text(encoding="utf-8"))
 
 
 def execute(command, data=None):
     """Run a command here, with the project's scripts and files. Returns what it printed and its seconds, imports included."""
-    files = {word: str(ROOT / word) for word in command.split() if word.endswith((".py", ".csv"))}
-    words = [files.get(word, str(data) if word == "tinyshakespeare.txt" else word) for word in command.split()]
+    files = {"v2_bpe_rope.py": str(ROOT / "v2_bpe_rope.py"), "tinyshakespeare.txt": str(data)}
+    words = [files.get(word, word) for word in command.split()]
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
@@ -50,6 +52,8 @@ def ask(question):
 
 def measure(name, data):
     """{"seconds", "result", "sample"}, and "answers" for the chat model."""
+    if name == "chat":
+        augment.main([str(ROOT / AUGMENT[0]), AUGMENT[1]])
     _, seconds = execute(COMMANDS[name], data)
     folder = Path(COMMANDS[name].split("--out ")[1].split()[0])
     found = {"machine": machine(), "seconds": seconds, "sample": (folder / "sample.txt").read_text(encoding="utf-8"),
@@ -68,7 +72,10 @@ def table(results):
         nats = result["bits_per_byte"] * math.log(2)
         rows[name] = [f"{result['parameters']:,}", f"{result['bits_per_byte']:.4f}", f"{nats:.4f}", f"{found['seconds']:.0f}"]
     columns = ["command", "parameters", "bits per byte", "nats per byte", "seconds"]
-    return markdown_table(columns, rows) + f"\n\n{next(iter(results.values()))['machine']}."
+    machines = {}
+    for name, found in results.items():
+        machines.setdefault(found["machine"], []).append(name)
+    return markdown_table(columns, rows) + "\n\n" + "; ".join(f"{', '.join(n)}: {on}" for on, n in machines.items()) + "."
 
 
 def answers(results):

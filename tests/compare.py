@@ -6,7 +6,7 @@
     python -m tests.compare --from-runs runs                     no training: compare the runs that are there
 
 What it does not know it passes on to the scripts (for example --batch-size 24). It prints the comparison table (mean
-and standard deviation over the seeds), the size of the diffs between neighbours, and the loss curves as charts that
+and standard deviation over the seeds), the size of the diffs between neighbors, and the loss curves as charts that
 GitHub draws; the curves also go to OUT/curves.csv, all numbers to OUT/results.json, from which --results makes the same
 Markdown again, and OUT/page.html shows what changed and what each model sees (see tests/page.py).
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ["v0_bigram", "v1_transformer", "v2_bpe_rope", "v3_alibi"]
-COLORS = {"v0_bigram": ("grey", "#888888"), "v1_transformer": ("red", "#d62728"), "v2_bpe_rope": ("blue", "#1f77b4"),
+COLORS = {"v0_bigram": ("gray", "#888888"), "v1_transformer": ("red", "#d62728"), "v2_bpe_rope": ("blue", "#1f77b4"),
           "v3_alibi": ("green", "#2ca02c")}
 CURVE_COLUMNS = ["version", "seed", "step", "seconds", "bits_per_byte"]
 
@@ -79,7 +79,8 @@ def machine():
     if Path("/proc/cpuinfo").exists():  # Linux, where platform does not know it
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__.split('+')[0]}"
 
 
 # -- Markdown --

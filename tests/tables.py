@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 
-from tests import ablations, bench_recipes, bench_ten_minutes, compare
+from tests import ablations, bench_generation, bench_recipes, bench_steps, bench_ten_minutes, bench_tokenizer, compare
 from tests.compare import ROOT, VERSIONS, markdown_table
 
 RESULTS = ROOT / "tests/results"
@@ -69,8 +69,10 @@ TABLES = {
     "positions chart": lambda: ablations.chart_of_positions(read("ablations")["tables"]["positions"]),
     "slopes": lambda: ablation("slopes"),
     "recipes": lambda: bench_recipes.markdown(read("recipes")),
+    "steps": lambda: bench_steps.markdown(read("steps")),
+    "generation": lambda: bench_generation.markdown(read("generation")),
+    "tokenizer": lambda: bench_tokenizer.markdown(read("tokenizer")),
     "ten minutes": lambda: bench_ten_minutes.table(read("ten_minutes")),
-    "ten minutes sample": lambda: bench_ten_minutes.sample(read("ten_minutes"), "input", lines=6),
     "ten minutes input": lambda: bench_ten_minutes.sample(read("ten_minutes"), "input"),
     "ten minutes shakespeare": lambda: bench_ten_minutes.sample(read("ten_minutes"), "tinyshakespeare"),
     "answers": lambda: bench_ten_minutes.answers(read("ten_minutes")),
