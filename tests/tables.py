@@ -62,6 +62,7 @@ TABLES = {
     "loss against seconds": lambda: loss_against("seconds"),
     "loss against steps": lambda: loss_against("step"),
     "input": lambda: compare.table(read("input")),
+    "tinyshakespeare": lambda: compare.table(read("tinyshakespeare"), nats_per_byte=True, seconds=False),
     "ideas": lambda: ablation("ideas"),
     "vocabulary": lambda: ablation("vocabulary"),
     "scaffold": lambda: ablation("scaffold"),
