@@ -60,6 +60,12 @@ def test_ablations_have_all_their_rows():
         title: list(rows) for title, rows in ablations.TABLES.items()}
 
 
+def test_all_rows_of_the_ablations_had_the_budget_that_the_page_states():
+    budgets = {(run["steps"], run["config"]["learning_rate"])
+               for rows in tables.read("ablations")["tables"].values() for runs in rows.values() for run in runs}
+    assert budgets == {(1000, 3e-3)} and "1,000 steps" in PAGES and "learning rate of 3e-3" in " ".join(PAGES.split())
+
+
 def test_the_ten_minutes_in_readme_are_those_that_were_measured():
     results = tables.read("ten_minutes")
     assert all(f"    python {bench_ten_minutes.COMMANDS[name]}\n" in README for name in ("input", "chat"))
