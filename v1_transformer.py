@@ -13,10 +13,10 @@ import argparse
 import codecs
 import csv
 import ctypes
+import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -48,7 +48,7 @@ class Config:
     n_embd: int = 128  # channels: the size of the vector of a token
     dropout: float = 0.0  # fraction of activations set to zero at random in training, to reduce overfitting
     batch_size: int = 12  # rows (of block_size tokens) in one step
-    steps: int = 3000  # training steps
+    steps: int = 2600  # training steps
     learning_rate: float = 3e-3  # highest learning rate, reached at the end of the warm-up
     warmup_steps: int = 100  # steps over which the learning rate rises
     weight_decay: float = 0.5  # how strongly AdamW pulls weight matrices towards zero
@@ -230,8 +230,7 @@ def read_texts(path):
     for number, row in enumerate(rows, 1):
         if None in row or not row.get("question") or not row.get("answer"):  # None: more cells than columns
             raise UserError(f"{path}: row {number} below a first line question,answer needs one of each, in quotes")
-    if is_table:
-        text = [f"<user>{row['question']}</user>\n<bot>{row['answer']}</bot>\n" for row in rows]
+    text = [f"<user>{row['question']}</user>\n<bot>{row['answer']}</bot>\n" for row in rows] if is_table else text
     cut = len(text) * 9 // 10
     train_text, validation_text = "".join(text[:cut]), "".join(text[cut:])
     if len(set(train_text)) < 2:
@@ -244,13 +243,21 @@ def unknown_characters(text, tokenizer):
     return sum(text.count(c) for c in set(text) if tokenizer.decode(tokenizer.encode(c)) != c)
 
 
+@functools.lru_cache(maxsize=1)
+def shuffled_starts(seed, epoch, places, block_size):
+    """Return where the rows of an epoch start: at a random offset, then every block_size tokens; in random order."""
+    rng = np.random.default_rng((seed, epoch))
+    return rng.permutation(np.arange(rng.integers(min(block_size, places)), places, block_size))
+
+
 def get_batch(tokens, config, step):
     """Return inputs and targets, (B, T) each, that depend on (seed, step) alone: a resumed run draws the same ones."""
-    rng = np.random.default_rng((config.seed, step))
-    starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)[RANK::WORLD]  # this process's share
-    starts = torch.from_numpy(starts).to(tokens.device, non_blocking=tokens.is_cuda)
+    B, T, places = config.batch_size, config.block_size, len(tokens) - config.block_size  # a row starts below `places`
+    epoch, number = divmod(step, max(1, places // (B * T)))  # batch `number` of the epoch; up to B rows are left over
+    starts = shuffled_starts(config.seed, epoch, places, T).take(np.arange(B) + number * B, mode="wrap")  # few: repeat
+    starts = torch.from_numpy(starts[RANK::WORLD]).to(tokens.device, non_blocking=tokens.is_cuda)  # this process's rows
     if getattr(config, "dropout", 0) > 0:  # v0 has none. Dropout draws from torch's generator, differently per process
-        torch.manual_seed(int(rng.integers(2**62)) + RANK)
+        torch.manual_seed(int(np.random.default_rng((config.seed, step)).integers(2**62)) + RANK)
     rows = tokens[starts[:, None] + torch.arange(config.block_size + 1, device=tokens.device)].long()  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]  # targets are the inputs shifted by one token
 
@@ -260,9 +267,8 @@ def evaluate(model, tokens, block_size, autocast=nullcontext()):
     """Return the mean loss in nats per token. Every token but the first is predicted once, in windows of block_size."""
     model.eval()  # without dropout; the model stays in this mode
     windows = tokens.unfold(0, block_size + 1, block_size)  # each begins with the last token of the one before
-    rest = tokens[None, len(windows) * block_size:]  # a last, shorter window
-    batches = windows.split(max(1, 4096 // block_size))  # about 4,096 tokens each
-    batches = [rows for rows in (*batches, rest) if rows.shape[1] > 1]
+    batches = [*windows.split(max(1, 4096 // block_size)), tokens[None, len(windows) * block_size:]]  # and the rest
+    batches = [rows for rows in batches if rows.shape[1] > 1]  # of about 4,096 tokens each; one token has no target
     with autocast:
         losses = [model(rows[:, :-1].long(), rows[:, 1:].long())[1] for rows in batches]
     return float(np.average(torch.stack(losses).tolist(), weights=[rows[:, 1:].numel() for rows in batches]))
@@ -318,9 +324,8 @@ def sample_token(logits, generator, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.inference_mode()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, use_cache=True):
-    """Yield max_new_tokens token ids that continue the list `ids` (not empty), one by one.
-    The model reads what its cache does not hold yet: the newest token in v2 and v3, the whole context in v0 and v1. A
-    full context (block_size tokens) loses its older half, and the newer half is read again from position 0."""
+    """Yield max_new_tokens token ids, one by one, that continue the list `ids` (not empty). v2 and v3 read only what
+    their cache lacks. A full context loses its older half, and the newer half is read again from position 0."""
     generator = torch.Generator().manual_seed(seed)
     device, limit = next(model.parameters()).device, model.config.block_size
     context, cache = list(ids)[-limit:], {}
@@ -340,9 +345,8 @@ def print_text(model, tokenizer, prompt, args, title, end=""):
         say(f"note: the model reads only the last {model.config.block_size} of the prompt's {len(ids)} tokens")
     if unknown := unknown_characters(prompt, tokenizer):
         say(f"note: the model does not know {unknown} character{'s' * (unknown > 1)} of the prompt")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end in the middle of a character
     print(title, end="", flush=True)
-    text, shown = "", 0
+    text, shown, decoder = "", 0, codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     for token in generate(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed):
         text += decoder.decode(tokenizer.decode_bytes([token]))
         if end and end in text:
@@ -373,11 +377,9 @@ def chat(model, tokenizer, args):
 
 
 def learning_rate(step, config):
-    """Linear warm-up, then half a cosine down to zero: a function of the step alone."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    """A straight line up from zero (warm-up), then one down to zero after the last step. Depends on the step alone."""
+    peak = max(config.warmup_steps - 1, 0)
+    return float(np.interp(step, [-1, peak, max(config.steps, peak + 1)], [0, config.learning_rate, 0]))
 
 
 def pick_device(args):
@@ -437,14 +439,12 @@ def prepare(args, settings):
         model = LanguageModel(config, tokenizer.vocab_size)
     if config.batch_size % WORLD:
         raise UserError(f"--batch-size {config.batch_size} cannot be divided evenly among {WORLD} processes")
-    tokens, validation = (torch.from_numpy(tokenizer.encode_to_array(text, progress=RANK == 0)) for text in texts)
-    validation = torch.cat((tokens[-1:], validation))  # the first validation token is predicted, too
+    tokens, validation = (torch.from_numpy(tokenizer.encode_to_array(text, progress=not RANK)).int() for text in texts)
+    tokens, validation = tokens.to(device), torch.cat((tokens[-1:], validation)).to(device)  # to predict all of it
     if (longest := min(len(tokens), len(validation)) - 1) < config.block_size:
         raise UserError(f"{data} is too short for --block-size {config.block_size}: it allows at most {longest}")
     if unknown := unknown_characters(texts[1], tokenizer):
         say(f"note: {unknown:,} characters of the validation text are unknown, so its loss will look too low")
-    if device.type != "cpu":  # a GPU cannot index unsigned 16-bit numbers
-        tokens, validation = tokens.int().to(device), validation.int().to(device)
     run.update(data=data, out=Path(args.out), model=model.train().to(device), config=model.config, tokenizer=tokenizer,
                tokens=tokens, validation=validation, tokens_per_byte=(len(validation) - 1) / len(texts[1].encode()),
                device=device, autocast=torch.autocast(device.type, torch.bfloat16, enabled=run["dtype"] == "bfloat16"))
@@ -468,7 +468,7 @@ def describe(run):
 def set_aside(out):
     """Make the folder, and move the files of an older run in it, and nothing else, into a new folder previous-N."""
     out.mkdir(parents=True, exist_ok=True)
-    folder = next(path for n in itertools.count(1) if not (path := out / f"previous-{n}").exists())
+    folder = next(path for n in range(1, 10**9) if not (path := out / f"previous-{n}").exists())
     for name in ("best.pt", "last.pt", "log.csv", "result.json", "sample.txt"):
         if os.path.lexists(out / name):  # also a link to nothing
             os.renames(out / name, folder / name)  # makes the folder, too

@@ -1,18 +1,19 @@
-"""What each idea contributes: v2 and v3 trained with parts replaced, every row for the same number of steps and with the
-same learning rate, v1's.
+"""What each idea contributes: v2 and v3 trained with parts replaced, every row for the same number of steps and with
+the same learning rate.
 
     python -m tests.ablations                                    all tables: 1,000 steps, seeds 1 2 3
     python -m tests.ablations --tables vocabulary --steps 500    one table, shorter
     python -m tests.ablations --results FILE                     no training: the tables of a results file
 
 The rows are the scripts' own programs: v2_bpe_rope, in which single classes and functions are replaced by those of
-another version or by the few lines below. Runs that are already in OUT, made with the same flags, are not made again.
-What it does not know it passes on to the scripts (for example --device cpu). It prints Markdown and writes all numbers
-of the tables to OUT/results.json.
+another version or by the few lines below. Runs that are already in OUT, made with the same flags by the same programs,
+are not made again. What it does not know it passes on to the scripts (for example --device cpu). It prints Markdown and
+writes all numbers of the tables to OUT/results.json.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import statistics
@@ -92,6 +93,26 @@ def slopes_times(factor):
     return {"alibi_slopes": alibi_slopes}
 
 
+# -- what replaces parts of the training --
+
+
+def rows_at_random(tokens, config, step):
+    """Replaces get_batch: rows start anywhere, each drawn on its own, as in nanoGPT. Some parts of the text are drawn
+    more often than others."""
+    rng = np.random.default_rng((config.seed, step))
+    starts = torch.from_numpy(rng.integers(len(tokens) - config.block_size, size=config.batch_size)).to(tokens.device)
+    rows = tokens[starts[:, None] + torch.arange(config.block_size + 1, device=tokens.device)].long()
+    return rows[:, :-1], rows[:, 1:]
+
+
+def half_a_cosine(step, config):
+    """Replaces learning_rate: after the warm-up, it falls slowly, then faster, then slowly again, as in nanoGPT."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
 NO_BPE = {"train_tokenizer": v1.train_tokenizer, "tokenizer_from_state": v1.tokenizer_from_state}
 NO_ROPE = {"LanguageModel": LearnedPositions, "rotate": not_rotated}
 NO_GELU = {"FeedForward": v1.FeedForward}
@@ -138,6 +159,11 @@ TABLES = {
         "eight times": (v3, slopes_times(8), []),
         "rotary positions: v2": (v2, {}, []),
     },
+    "training": {
+        "rows at random": (v2, {"get_batch": rows_at_random}, []),
+        "half a cosine": (v2, {"learning_rate": half_a_cosine}, []),
+        "every row once in an epoch, a straight line: v2": (v2, {}, []),
+    },
 }
 
 
@@ -164,13 +190,14 @@ def train(row, seed, args):
     command += ["--learning-rate", "3e-3", "--eval-interval", str(args.steps), "--max-new-tokens", "0"]
     command += [*args.flags, *flags]
     made_by = folder / "command.json"  # written when the run is complete
-    if made_by.exists() and json.loads(made_by.read_text(encoding="utf-8")) == command:
+    made = [*command, *(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (program.__file__, __file__))]
+    if made_by.exists() and json.loads(made_by.read_text(encoding="utf-8")) == made:
         return folder
     print(f"\n-- {' '.join(command)} --", file=sys.stderr, flush=True)
     with replaced_in(program, replaced), contextlib.redirect_stdout(sys.stderr):
         if status := program.main(command):
             sys.exit(status)
-    made_by.write_text(json.dumps(command), encoding="utf-8")
+    made_by.write_text(json.dumps(made), encoding="utf-8")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Data augmentation for a chat model: each question three more times, without some of its frequent words.
+"""Data augmentation for a chat model: each question 19 more times, without some of its frequent words.
 
     python -m tests.augment tests/data/conversation.csv runs/augmented.csv
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from v2_bpe_rope import UserError, read_texts
 
-COPIES, THRESHOLD = 3, 0.003
+COPIES, THRESHOLD = 19, 0.003
 
 
 def plain(word):

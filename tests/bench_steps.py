@@ -37,7 +37,7 @@ ROUNDS, STEPS = 25, 8  # each variant takes ROUNDS turns of STEPS steps, of whic
 
 
 def one_by_one(tokens, config, step):
-    """The batch of v2.get_batch, with its rows cut out and put together one by one."""
+    """A batch of rows at random places, cut out and put together one by one, as in nanoGPT."""
     random = np.random.default_rng((config.seed, step))
     starts = random.integers(len(tokens) - config.block_size, size=config.batch_size).tolist()
     rows = [tokens[start:start + config.block_size + 1].long() for start in starts]

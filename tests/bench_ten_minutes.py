@@ -20,13 +20,12 @@ from pathlib import Path
 from tests import augment
 from tests.compare import ROOT, machine, markdown_table
 
-LARGER = ("--n-layer 6 --n-head 6 --n-embd 192 --block-size 128 --dropout 0.2 --learning-rate 3e-3 --steps 4500 "
-          "--eval-interval 500")
+LARGER = "--n-layer 6 --n-head 6 --n-embd 192 --block-size 128 --dropout 0.2 --steps 3800"
 COMMANDS = {
     "tinyshakespeare": f"v2_bpe_rope.py --data tinyshakespeare.txt --out runs/ten_shakespeare {LARGER}",
     "input": f"v2_bpe_rope.py --out runs/ten_minutes {LARGER}",
     "chat": "v2_bpe_rope.py --data runs/augmented.csv --init-from runs/ten_minutes/best.pt --out runs/ten_chat "
-            "--steps 1600 --eval-interval 1600 --learning-rate 2e-3 --dropout 0 --weight-decay 0.1",
+            "--steps 2000 --eval-interval 2000 --learning-rate 2e-3 --dropout 0 --weight-decay 0.1",
 }
 AUGMENT = ["tests/data/conversation.csv", "runs/augmented.csv"]  # what tests.augment is given before that
 QUESTIONS = json.loads((ROOT / "tests/data/questions.json").read_text(encoding="utf-8"))

@@ -15,7 +15,6 @@ import argparse
 import csv
 import difflib
 import json
-import math
 import platform
 import statistics
 import subprocess
@@ -100,8 +99,8 @@ def markdown_table(columns, rows, align="---:"):
     return "\n".join(lines + ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()])
 
 
-def table(results, nats_per_byte=False, seconds=True):
-    """The comparison, one line for each version. On ASCII text, nats per byte are nats per character."""
+def table(results):
+    """The comparison, one line for each version."""
     rows = {}
     for version in VERSIONS:
         runs = [run for run in results["runs"] if run["version"] == version]
@@ -110,14 +109,12 @@ def table(results, nats_per_byte=False, seconds=True):
         rows[version] = [
             f"{runs[0]['parameters']:,}",
             mean_and_spread([run["val_loss"] for run in runs], 4),
-            *([mean_and_spread([run["bits_per_byte"] * math.log(2) for run in runs], 4)] if nats_per_byte else []),
             mean_and_spread([run["bits_per_byte"] for run in runs], 4),
             mean_and_spread([run["context_bits_per_byte"]["2"] for run in runs], 4),
             mean_and_spread([run["context_bits_per_byte"]["4"] for run in runs], 4),
-            *([mean_and_spread([run["train_seconds"] for run in runs], 0)] if seconds else []),
+            mean_and_spread([run["train_seconds"] for run in runs], 0),
         ]
-    columns = ["version", "parameters", "val loss", *(["nats per byte"] if nats_per_byte else []), "bits per byte",
-               "at 2x context", "at 4x", *(["seconds"] if seconds else [])]
+    columns = ["version", "parameters", "val loss", "bits per byte", "at 2x context", "at 4x", "seconds"]
     run = results["runs"][0]
     seeds = len({run["seed"] for run in results["runs"]})
     return (f"{markdown_table(columns, rows)}\n\n`{run['data']}`, {run['steps']:,} steps, {seeds} "

@@ -76,6 +76,24 @@ def test_slopes_are_multiples_of_the_papers():
     torch.testing.assert_close(tiny_model(v3_alibi).slopes, paper.slopes)  # and afterwards all is as it was
 
 
+def test_rows_at_random_start_anywhere_and_repeat():
+    """Of 200 draws among 100 places, about 87 places are drawn, where an epoch of v2's has 6 or 7 rows."""
+    tokens, config = torch.arange(116), tiny_config(v2_bpe_rope, batch_size=200)
+    idx, targets = ablations.rows_at_random(tokens, config, 3)
+    assert torch.equal(targets, idx + 1) and torch.equal(idx[:, 1:], idx[:, :-1] + 1) and idx.shape == (200, 16)
+    assert 75 < len(set(idx[:, 0].tolist())) < 100
+    assert torch.equal(idx, ablations.rows_at_random(tokens, config, 3)[0])
+    assert not torch.equal(idx, ablations.rows_at_random(tokens, config, 4)[0])
+
+
+def test_half_a_cosine_is_above_the_straight_line_first_and_below_it_later():
+    config = tiny_config(v2_bpe_rope, steps=110, warmup_steps=10, learning_rate=1.0)
+    rates = [ablations.half_a_cosine(step, config) for step in range(110)]
+    line = [v2_bpe_rope.learning_rate(step, config) for step in range(110)]
+    assert rates[:10] == pytest.approx(line[:10]) and rates[60] == pytest.approx(0.5)
+    assert rates[35] > line[35] + 0.09 and rates[85] < line[85] - 0.09 and 0 < rates[109] < 0.001
+
+
 def test_it_trains_every_row_and_makes_the_tables(tmp_path, little, capsys):
     """With tiny models; a second call finds the runs of the first."""
     flags = ["--data", little, "--steps", 2, "--seeds", 7, "--out", tmp_path, *tiny_flags(v2_bpe_rope, block_size=8)]
@@ -94,6 +112,9 @@ def test_it_trains_every_row_and_makes_the_tables(tmp_path, little, capsys):
     assert results["tables"]["vocabulary"]["256: bytes alone"][0]["tokens_per_byte"] == 1.0
     again = call("--tables", "positions")
     assert "--out" in first.err and "--out" not in again.err
+    for made_by in tmp_path.glob("*/command.json"):  # as if another version of the scripts had made them
+        made_by.write_text(made_by.read_text(encoding="utf-8").replace("0", "1"), encoding="utf-8")
+    assert call("--tables", "slopes", "--seeds", 7).err.count("-- --data") == len(ablations.TABLES["slopes"])
     assert ablations.table("positions", results["tables"]["positions"]) in again.out
 
 

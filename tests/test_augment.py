@@ -38,7 +38,7 @@ def test_rows_for_validation_stay_out_of_training(tmp_path, capsys):
     source, target = tmp_path / "source.csv", tmp_path / "new" / "target.csv"
     source.write_text("question,answer\n" + "".join(f"{q},{a}.\n" for q, a in ROWS), encoding="utf-8")
     augment.main([str(source), str(target)])
-    assert "2,000 rows from 500" in capsys.readouterr().out
+    assert "10,000 rows from 500" in capsys.readouterr().out
     train, validation = read_texts(target)
     assert all(f"<bot>answer {i}.</bot>" in (train if i < 450 else validation) for i in range(500))
     assert not any(f"<bot>answer {i}.</bot>" in train for i in range(450, 500))

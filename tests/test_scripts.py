@@ -219,7 +219,7 @@ def test_help_takes_a_comment_with_a_percent_sign(monkeypatch):
     monkeypatch.setattr(v2_bpe_rope.inspect, "getsource", lambda config: source)
     status, out, err = run(v2_bpe_rope, "--help")
     assert (status, err) == (0, "")
-    assert "--steps N 100% of all %(steps)s, %d and % (default 3000)" in said(out)
+    assert "--steps N 100% of all %(steps)s, %d and % (default 2600)" in said(out)
 
 
 # -- one run starts from another --
