@@ -244,21 +244,21 @@ def unknown_characters(text, tokenizer):
 
 
 @functools.lru_cache(maxsize=1)
-def shuffled_starts(seed, epoch, places, block_size):
-    """Return where the rows of an epoch start: at a random offset, then every block_size tokens; in random order."""
+def shuffled_starts(seed, epoch, end, block_size):
+    """Return where the rows of an epoch start, in random order. Its rows are the text once, from a random offset on."""
     rng = np.random.default_rng((seed, epoch))
-    return rng.permutation(np.arange(rng.integers(min(block_size, places)), places, block_size))
+    return rng.permutation(np.arange(rng.integers(min(block_size, end)), end, block_size))
 
 
 def get_batch(tokens, config, step):
     """Return inputs and targets, (B, T) each, that depend on (seed, step) alone: a resumed run draws the same ones."""
-    B, T, places = config.batch_size, config.block_size, len(tokens) - config.block_size  # a row starts below `places`
-    epoch, number = divmod(step, max(1, places // (B * T)))  # batch `number` of the epoch; up to B rows are left over
-    starts = shuffled_starts(config.seed, epoch, places, T).take(np.arange(B) + number * B, mode="wrap")  # few: repeat
+    B, T, end = config.batch_size, config.block_size, len(tokens) - config.block_size  # rows start before `end`
+    epoch, i = divmod(step, max(1, end // (B * T)))  # batch i of the epoch; up to B rows are left over
+    starts = shuffled_starts(config.seed, epoch, end, T).take(np.arange(B) + i * B, mode="wrap")  # too few rows: repeat
     starts = torch.from_numpy(starts[RANK::WORLD]).to(tokens.device, non_blocking=tokens.is_cuda)  # this process's rows
     if getattr(config, "dropout", 0) > 0:  # v0 has none. Dropout draws from torch's generator, differently per process
         torch.manual_seed(int(np.random.default_rng((config.seed, step)).integers(2**62)) + RANK)
-    rows = tokens[starts[:, None] + torch.arange(config.block_size + 1, device=tokens.device)].long()  # (B, T + 1)
+    rows = tokens[starts[:, None] + torch.arange(T + 1, device=tokens.device)].long()  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]  # targets are the inputs shifted by one token
 
 
@@ -268,7 +268,7 @@ def evaluate(model, tokens, block_size, autocast=nullcontext()):
     model.eval()  # without dropout; the model stays in this mode
     windows = tokens.unfold(0, block_size + 1, block_size)  # each begins with the last token of the one before
     batches = [*windows.split(max(1, 4096 // block_size)), tokens[None, len(windows) * block_size:]]  # and the rest
-    batches = [rows for rows in batches if rows.shape[1] > 1]  # of about 4,096 tokens each; one token has no target
+    batches = [rows for rows in batches if rows.shape[1] > 1]  # about 4,096 tokens each; one token has no target
     with autocast:
         losses = [model(rows[:, :-1].long(), rows[:, 1:].long())[1] for rows in batches]
     return float(np.average(torch.stack(losses).tolist(), weights=[rows[:, 1:].numel() for rows in batches]))
